@@ -1,0 +1,239 @@
+"""Every setting of a training run, declared once; the presets; and the checks that need nothing but the settings.
+
+`tyro` turns the dataclasses into the command line, their docstrings into its help; `asdict` goes into config.json,
+the checkpoint and the results.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from gpt2fast import corpus
+from gpt2fast.errors import UserError
+from gpt2fast.model import SIZES, GPTConfig
+from gpt2fast.ops import Implementation, OpsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train GPT-2. Presets: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl; the default is gpt2 on CUDA, else nano."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    """The shape of the model."""
+    backend: Implementation = "torch"
+    """Implementation of the six ops: plain PyTorch, or our Triton kernels."""
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    """Implementation of single ops, over --backend."""
+
+    data: str = corpus.NAME
+    """A folder of token shards, or stdlib: the source of Python's standard library."""
+    tokenizer_file: Path | None = None
+    """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
+    shuffle: bool = True
+    """Another order of the windows in each epoch; else one after the other."""
+
+    batch_size: int | None = None
+    """Sequences in a micro-batch, B. None: what the device's memory holds."""
+    seq_len: int = 1024
+    """Tokens in a sequence, T."""
+    total_batch: int = 524288
+    """Tokens in an optimizer step: a multiple of B*T; the micro-batches' gradients are accumulated."""
+    steps: int = 19073
+    """Optimizer steps; the learning rate's cosine ends with the last."""
+    lr: float = 6e-4
+    """Highest learning rate."""
+    lr_floor: float = 0.1
+    """Learning rate at the end, as a share of --lr."""
+    warmup: int = 715
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """On matrices and embeddings only."""
+    beta1: float = 0.9
+    """AdamW."""
+    beta2: float = 0.95
+    """AdamW."""
+    grad_clip: float = 1.0
+    """Longest gradient, by norm; 0: not clipped."""
+    seed: int = 1337
+    """Of initial weights, data order and samples."""
+
+    device: str = "auto"
+    """auto: CUDA, else MPS, else CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 autocast where the device is fast at it, fp16 with loss scaling on CUDA without it, else fp32."""
+    tf32: bool = True
+    """Let CUDA's fp32 matmuls use TF32."""
+    compile: bool | None = None
+    """torch.compile. None: on CUDA only."""
+
+    out: Path = Path("out")
+    """Folder of all runs."""
+    run: str | None = None
+    """Name of this run, a folder in --out. None: the preset's name."""
+    resume: bool = False
+    """Continue the run from its newest checkpoint, with its own settings where no flag says otherwise."""
+    stop_at: int | None = None
+    """End after this step with a checkpoint, as Ctrl-C would; the schedule still goes to --steps."""
+    log_every: int | None = None
+    """Steps between reading losses back. None: 10 on CUDA, where reading makes the host wait, else 1."""
+    val_every: int = 250
+    """Steps between validations; 0: never."""
+    val_batches: int = 20
+    """Micro-batches in a validation."""
+    sample_every: int = 250
+    """Steps between sampled texts; 0: never."""
+    sample_tokens: int = 64
+    """Tokens in a sampled text."""
+    prompt: str = "Hello, I'm a language model,"
+    """What a sampled text begins with."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files too (pip install 'gpt2fast[tensorboard]')."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out / (self.run or "run")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in an optimizer step."""
+        return self.total_batch // (self.batch_size * self.seq_len)
+
+
+PRESETS = {
+    "nano": TrainConfig(
+        model=SIZES["nano"], batch_size=8, seq_len=128, total_batch=1024, steps=340, lr=3e-3, warmup=20, run="nano",
+        val_every=100, val_batches=8, sample_every=100, checkpoint_every=100, prompt="def",
+    ),
+    "gpt2": TrainConfig(model=SIZES["gpt2"], run="gpt2"),
+    "gpt2-medium": TrainConfig(model=SIZES["gpt2-medium"], lr=3e-4, run="gpt2-medium"),
+    "gpt2-large": TrainConfig(model=SIZES["gpt2-large"], lr=2.5e-4, run="gpt2-large"),
+    "gpt2-xl": TrainConfig(model=SIZES["gpt2-xl"], lr=2e-4, run="gpt2-xl"),
+}  # fmt: skip
+
+# A resumed run may change these; all else would change which tokens it has seen, or which model it is.
+CHANGEABLE = {
+    "backend", "ops", "tokenizer_file", "steps", "lr", "lr_floor", "warmup", "weight_decay", "beta1", "beta2",
+    "grad_clip", "device", "precision", "tf32", "compile", "out", "run", "resume", "stop_at", "log_every", "val_every",
+    "val_batches", "sample_every", "sample_tokens", "prompt", "checkpoint_every", "keep", "tensorboard",
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig, str]:
+    """The command line -> settings, and a word on where they come from. With --resume, from the run itself."""
+    import tyro  # here, so that training from a program needs no command-line library
+
+    def cli(default: TrainConfig) -> TrainConfig:
+        return tyro.cli(TrainConfig, args=flags, default=default, prog="python -m gpt2fast.train [PRESET]")
+
+    named = bool(argv) and not argv[0].startswith("-")
+    preset, flags = (argv[0], argv[1:]) if named else (default_preset, argv)
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    config = cli(PRESETS[preset])
+    source = f"preset {preset}" if named else f"preset {preset} (none was named; {', '.join(PRESETS)})"
+    if config.resume:
+        stored = read_config(config.folder)
+        if named and stored.model != PRESETS[preset].model:
+            raise UserError(
+                f"run {config.folder} is no {preset}: leave the preset out, and it goes on with its own settings"
+            )
+        config = cli(replace(stored, resume=True, stop_at=None, out=config.out, run=config.run))
+        check_resumable(config, stored)
+        source = f"settings of {config.folder}"
+    return config, source
+
+
+def check(config: TrainConfig) -> None:
+    """UserError on settings that cannot work together. `batch_size` must be known by now."""
+    c = config
+    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "val_batches", "sample_tokens", "keep"]
+    natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
+    natural += ["val_every", "sample_every", "checkpoint_every"]
+    positive += [name for name in ("log_every", "stop_at") if getattr(c, name) is not None]
+    for name in positive + natural:
+        value, least = getattr(c, name), "more than 0" if name in positive else "at least 0"
+        if not (value > 0 if name in positive else value >= 0):  # written so that NaN fails
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {least}")
+    for name in ("beta1", "beta2"):
+        if getattr(c, name) >= 1:
+            raise UserError(f"--{name} is {getattr(c, name)}: it must be below 1")
+    if c.seq_len > c.model.block_size:
+        raise UserError(
+            f"--seq-len {c.seq_len} is longer than the model's block size {c.model.block_size}: "
+            f"lower it, or raise --model.block-size"
+        )
+    if c.total_batch % (c.batch_size * c.seq_len):
+        raise UserError(
+            f"--total-batch {c.total_batch} is no multiple of B*T = {c.batch_size}*{c.seq_len} = "
+            f"{c.batch_size * c.seq_len}: change one of --total-batch, --batch-size, --seq-len"
+        )
+    if c.warmup > c.steps:
+        raise UserError(
+            f"--warmup {c.warmup} is longer than the run of --steps {c.steps}: lower it, say to {c.steps // 20}"
+        )
+
+
+def default_batch_size(config: TrainConfig, memory: int | None) -> int:
+    """Largest power of two up to 64 whose step fits into `memory` bytes (None: a CPU, 4), and that divides the total.
+
+    Counted per token: the logits chain (bf16, fp32, and the gradients of both: 12 V) and about 40 L C bytes of
+    activations; per parameter: weight, gradient, two moments and a bf16 copy (18).
+    """
+    m, T = config.model, config.seq_len
+    size = 64 if memory is not None else 4
+    token = 12 * m.padded_vocab_size + 40 * m.n_layer * m.n_embd
+    fixed = 18 * (12 * m.n_layer * m.n_embd**2 + m.padded_vocab_size * m.n_embd)
+    while size > 1 and (config.total_batch % (size * T) or (memory and fixed + size * T * token > 0.85 * memory)):
+        size //= 2
+    return size
+
+
+def check_resumable(config: TrainConfig, stored: TrainConfig) -> None:
+    """UserError if what was changed would make it another run; n_head, for one, changes no tensor's shape."""
+    for f in fields(TrainConfig):
+        new, old = getattr(config, f.name), getattr(stored, f.name)
+        if new != old and f.name not in CHANGEABLE:
+            raise UserError(
+                f"run {config.folder} was trained with {f.name} = {old}, not {new}: leave that flag out, "
+                "or begin a new run with --run NAME"
+            )
+
+
+def changes(new: dict, old: dict) -> dict[str, list]:
+    """{setting: [old, new]} of two `to_dict`s, without the settings that only say where and how a run is started."""
+    started = ("resume", "stop_at", "out", "run")
+    return {name: [old.get(name), new[name]] for name in new if new[name] != old.get(name) and name not in started}
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """Plain JSON."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def from_dict(values: dict) -> TrainConfig:
+    """The inverse of `to_dict`; TypeError or KeyError on what is no such dictionary."""
+    values = dict(values)
+    values["model"] = GPTConfig(**values["model"])
+    values["ops"] = OpsConfig(**values["ops"])
+    values["out"] = Path(values["out"])
+    values["tokenizer_file"] = values["tokenizer_file"] and Path(values["tokenizer_file"])
+    return TrainConfig(**values)
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings of a run, from its config.json."""
+    path = folder / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text())["config"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no run ({path.name} is missing): name another with --run, or start one without --resume"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None

@@ -1,0 +1,97 @@
+"""Which device, and in which precision: decided once, at start-up, from what is there."""
+
+import contextlib
+import platform
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gpt2fast.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto": CUDA, else MPS, else CPU. A device that is asked for by name and absent is a UserError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: auto, cuda, cuda:1, mps and cpu are known") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"device {name} was asked for, and torch sees {count} CUDA devices: use --device auto or cpu"
+            )
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device mps was asked for, and this torch has none: use --device auto or cpu")
+    elif device.type != "cpu":
+        raise UserError(f"device {name} is not supported: use cuda, mps or cpu")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """ "auto": bf16 where the matrix units do it, fp16 on a CUDA GPU that lacks it, else fp32."""
+    if name != "auto":
+        if name == "bf16" and device.type == "cuda" and not _cuda_has_bf16(device):
+            raise UserError(f"{device_name(device)} has no bf16 units: use --precision fp16 or fp32")
+        if name == "fp16" and device.type != "cuda":
+            raise UserError(
+                f"fp16 needs a CUDA GPU (its loss scaling does), and this run is on {device}: use bf16 or fp32"
+            )
+        return name
+    if device.type == "cuda":
+        return "bf16" if _cuda_has_bf16(device) else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+
+
+def _cuda_has_bf16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # is_bf16_supported() also says yes to emulation
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether bf16 matmuls are faster than fp32 ones, not merely possible."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
+    """torch's autocast for bf16 and fp16; nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def set_tf32(device: torch.device, on: bool) -> None:
+    """fp32 matmuls on CUDA tensor cores with 10 mantissa bits, or exact."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if on else "highest")
+
+
+def device_name(device: torch.device) -> str:
+    """As the driver or the operating system spells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (
+        f"{cpu_name()}, {torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else f"Apple {platform.machine()} GPU"
+    )
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all, even if the power goes."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by a file with this content: temporary name, synced, renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a finished folder to its final name, after everything in it has reached the disk."""
+    for path in temporary.iterdir():
+        sync(path)
+    sync(temporary)
+    os.rename(temporary, final)
+    sync(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Take the name away first: killed half-way, this leaves rubbish, never a folder that looks whole."""
+    rubbish = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(rubbish, ignore_errors=True)
+    os.rename(folder, rubbish)
+    shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder. Windows cannot open folders: it orders renames by itself."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,14 @@
+"""The package `gpt2fast.kernels`: the Triton implementation of the six names, whose files lie in ../kernels.
+
+Why this file is a package. A top-level import package named `kernels` would collide with Hugging Face's package of
+that name (with both on the path, `from transformers import GPT2LMHeadModel` fails; installing ours would overwrite
+theirs). So the folder `kernels/` has no `__init__.py` and is never imported as `kernels`. It is installed as
+`gpt2fast/kernels/` (pyproject.toml, package-dir), and Python prefers this module to that folder, since a module that
+has a `__path__` is a package. In a plain checkout the folder lies one level up.
+"""
+
+from pathlib import Path
+
+_here = Path(__file__).resolve().parent
+_folders = (_here / "kernels", _here.parent / "kernels")  # installed, checkout
+__path__ = [str(folder) for folder in _folders if (folder / "registration.py").is_file()][:1]

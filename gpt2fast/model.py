@@ -1,0 +1,197 @@
+"""GPT-2, written once, in the six names of `gpt2fast.ops.Ops`.
+
+    x = wte[idx] + wpe[pos]
+    for each block:  x = x + attention(layer_norm(x));  x = x + mlp(layer_norm(x))
+    logits = layer_norm(x) wte^T
+
+Radford et al. 2019: pre-LayerNorm (eps 1e-5), tanh-GELU, biases everywhere, learned positions, a final LayerNorm, a
+head that is the token embedding itself. No dropout: one epoch of pre-training has nothing to regularise. Parameters
+carry the names of OpenAI's checkpoint; weights are (out, in), as in torch.nn.Linear.
+
+The residual add and the LayerNorm behind it are one op, so a block receives the stream and its normalised view, and
+hands both on: the LayerNorm at a block's end belongs to the next block, or is ln_f.
+
+Shapes: B batch, T positions, C = n_embd, H = n_head, V = vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpt2fast.errors import UserError
+from gpt2fast.ops import Ops
+
+VOCAB_SIZE = 50257
+EPS = 1e-5
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of the model."""
+
+    n_layer: int = 12
+    """Blocks."""
+    n_head: int = 12
+    """Attention heads; divides n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    block_size: int = 1024
+    """Longest sequence: how many positions are learned."""
+    vocab_size: int = VOCAB_SIZE
+    """Tokens."""
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}: heads must have equal width")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rounded up to 64 (50257 -> 50304): tensor cores want aligned rows, worth 10 to 25 ms of a 100 ms step."""
+        return -(-self.vocab_size // 64) * 64
+
+
+SIZES = {
+    "nano": GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128),
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+class LayerNorm(nn.Module):
+    """Holds weight and bias (C,); an op applies them."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.bias = nn.Parameter(torch.zeros(n))
+
+
+class Linear(nn.Module):
+    """Holds weight (out, in) and bias (out,); an op applies them."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.n_head = config.n_head
+        self.ops = ops
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, h: Tensor) -> Tensor:
+        qkv = self.ops.linear(h, self.c_attn.weight, self.c_attn.bias)  # (B, T, 3C)
+        o = self.ops.attention(qkv, self.n_head)  # (B, T, C)
+        return self.ops.linear(o, self.c_proj.weight, self.c_proj.bias)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.ops.mlp(h, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.ln_1 = LayerNorm(config.n_embd)
+        self.attn = Attention(config, ops)
+        self.ln_2 = LayerNorm(config.n_embd)
+        self.mlp = MLP(config, ops)
+
+    def forward(self, x: Tensor, h: Tensor, next_ln: LayerNorm) -> tuple[Tensor, Tensor]:
+        """The stream x and h = ln_1(x), both (B, T, C) -> the new stream and next_ln of it."""
+        add_layer_norm = self.ops.add_layer_norm
+        x, h = add_layer_norm(x, self.attn(h), self.ln_2.weight, self.ln_2.bias, EPS)
+        return add_layer_norm(x, self.mlp(h), next_ln.weight, next_ln.bias, EPS)
+
+
+class GPT(nn.Module):
+    """GPT-2. `seed` fixes the initial weights, which are drawn on the CPU and so equal on every device.
+
+    The vocabulary is padded inside only: rows of `wte.weight` from `vocab_size` on are zero and stay zero, and
+    neither logits nor `state_dict` show them.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops, seed: int = 1337):
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.wte = nn.Module()
+        self.wte.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.wpe = nn.Module()
+        self.wpe.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
+        self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd)
+        self.register_state_dict_post_hook(_hide_padding)
+        self.register_load_state_dict_pre_hook(_add_padding)
+        self._init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _init_weights(self, generator: torch.Generator) -> None:
+        residual_std = INIT_STD * (2 * self.config.n_layer) ** -0.5  # 2 n_layer projections add up in the stream
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+                weight.normal_(0.0, std, generator=generator)
+        self.wte.weight[self.config.vocab_size :] = 0
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) -> logits (B, T, V), or with targets (B, T) the mean loss, fp32."""
+        h = self.hidden(idx)
+        if targets is None:
+            return self.logits(h)
+        return self.ops.linear_cross_entropy(
+            h.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size
+        )
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Tokens (B, T) -> the final LayerNorm's output (B, T, C)."""
+        T = idx.shape[1]
+        if self.config.block_size < T:
+            raise UserError(f"{T} positions are more than block_size {self.config.block_size}: shorten the sequence")
+        x = nn.functional.embedding(idx, self.wte.weight) + self.wpe.weight[:T]  # (B, T, C)
+        norms = [block.ln_1 for block in self.h] + [self.ln_f]
+        h = self.ops.layer_norm(x, norms[0].weight, norms[0].bias, EPS)
+        for block, next_ln in zip(self.h, norms[1:]):
+            x, h = block(x, h, next_ln)
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(..., C) -> (..., V)."""
+        return self.ops.linear(h, self.wte.weight)[..., : self.config.vocab_size]
+
+
+def parameter_count(model: GPT) -> int:
+    """Parameters as GPT-2 counts them: the tied head once, the padding not at all."""
+    padding = model.config.padded_vocab_size - model.config.vocab_size
+    return sum(p.numel() for p in model.parameters()) - padding * model.config.n_embd
+
+
+def _hide_padding(model: GPT, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    key = prefix + "wte.weight"
+    state_dict[key] = state_dict[key][: model.config.vocab_size]
+
+
+def _add_padding(model: GPT, state_dict: dict, prefix: str, *_) -> None:
+    key = prefix + "wte.weight"
+    rows = model.config.padded_vocab_size - model.config.vocab_size
+    if key in state_dict and len(state_dict[key]) == model.config.vocab_size:
+        state_dict[key] = nn.functional.pad(state_dict[key], (0, 0, 0, rows))

@@ -1,0 +1,93 @@
+"""The six functions that GPT-2 spends its time in, and the one place where their implementation is chosen.
+
+An implementation is a module that defines the six names: `gpt2fast.reference` in plain PyTorch, `gpt2fast.kernels`
+in Triton. `OpsConfig` says which, per op, in plain strings (for the command line, the checkpoint and the results);
+`build` turns it into an `Ops`, which the model is given. Nothing is patched, and nothing falls back silently.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gpt2fast import reference
+from gpt2fast.errors import UserError
+
+Implementation = Literal["torch", "triton"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpsConfig:
+    """Which implementation each op uses. None: the one that --backend names."""
+
+    layer_norm: Implementation | None = None
+    """LayerNorm."""
+    add_layer_norm: Implementation | None = None
+    """Residual add + LayerNorm."""
+    attention: Implementation | None = None
+    """Causal attention."""
+    mlp: Implementation | None = None
+    """linear(gelu(linear(x)))."""
+    linear: Implementation | None = None
+    """The remaining projections."""
+    linear_cross_entropy: Implementation | None = None
+    """Tied head + loss."""
+
+    def with_backend(self, backend: Implementation) -> "OpsConfig":
+        """Every op that was left open takes `backend`."""
+        return replace(self, **{op: backend for op, name in asdict(self).items() if name is None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """Six pure functions, differentiable in every floating-point argument; `gpt2fast.reference` is what they mean.
+
+    Dtypes: outputs have the compute dtype, which is autocast's where autocast is on and the input's elsewhere; the
+    residual sum of `add_layer_norm` keeps what x + y promotes to; statistics and losses are fp32.
+    """
+
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    attention: Callable[[Tensor, int], Tensor]
+    mlp: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    linear: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
+
+
+NAMES = tuple(field.name for field in fields(Ops))
+
+
+def build(config: OpsConfig, device: str = "cpu") -> Ops:
+    """Look each op up in its module. What is missing (Triton, a GPU, the op itself) is a UserError, at start-up."""
+    chosen = asdict(config.with_backend("torch"))
+    modules = {name: _implementation(name, device) for name in sorted(set(chosen.values()))}
+    missing = [op for op, name in chosen.items() if not hasattr(modules[name], op)]
+    if missing:
+        raise UserError(
+            f"{chosen[missing[0]]} has no implementation of {', '.join(missing)}: take --ops.{missing[0]} torch"
+        )
+    return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()})
+
+
+def _implementation(name: str, device: str) -> ModuleType:
+    if name == "torch":
+        return reference
+    if name != "triton":
+        raise UserError(f"unknown implementation {name!r}: it is torch or triton")
+    if find_spec("triton") is None:
+        raise UserError(
+            "the triton backend needs the package triton (pip install triton, on Linux): or use --backend torch"
+        )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and (torch.device(device).type != "cuda" or torch.version.hip is not None):
+        raise UserError(
+            f"the triton backend needs a CUDA GPU, and this run is on {device}: use --backend torch, "
+            "or set TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"
+        )
+    return import_module("gpt2fast.kernels")

@@ -1,0 +1,70 @@
+"""The six names in plain PyTorch: the specification, the yardstick and the baseline.
+
+    s = x + y;  z = (s - mean(s)) / sqrt(var(s) + eps);  o = z * w + b             layer_norm, add_layer_norm
+    o = softmax(q k^T / sqrt(D) + causal mask) v                                   attention
+    o = gelu_tanh(x fc_w^T + fc_b) proj_w^T + proj_b                               mlp
+    loss = mean_i(logsumexp_v(x_i . w_v) - x_i . w_target(i))                      linear_cross_entropy
+
+What each returns, and in which dtype, stands on `gpt2fast.ops.Ops`. Every other implementation is tested against
+this file. Sources: Radford et al. 2019 (GPT-2); Ba et al. 2016, arXiv:1607.06450 (LayerNorm);
+Hendrycks & Gimpel 2016, arXiv:1606.08415 (GELU and its tanh form); Vaswani et al. 2017, arXiv:1706.03762 (attention).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # a target that counts neither in the loss nor in the mean, as in torch
+
+
+def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    """(..., C), (C,), (C,) -> (..., C)."""
+    return F.layer_norm(x, w.shape, w, b, eps).to(_compute_dtype(x))
+
+
+def add_layer_norm(x: Tensor, y: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual add and the LayerNorm after it: x, y (..., C) -> x + y and layer_norm(x + y)."""
+    s = x + y
+    return s, layer_norm(s, w, b, eps)
+
+
+def attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention on packed projections: (B, T, 3C) -> (B, T, C), heads of D = C / n_head side by side."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return o.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def mlp(x: Tensor, fc_w: Tensor, fc_b: Tensor, proj_w: Tensor, proj_b: Tensor) -> Tensor:
+    """(..., C), (F, C), (F,), (C, F), (C,) -> (..., C)."""
+    return F.linear(F.gelu(F.linear(x, fc_w, fc_b), approximate="tanh"), proj_w, proj_b)
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """(..., I), (O, I), (O,) -> (..., O)."""
+    return F.linear(x, w, b)
+
+
+def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
+    """(N, C), (V, C), (N,) int64 -> the mean loss in fp32. Rows of `w` from `vocab_size` on are padding.
+
+    A padded column's logit is minus infinity: probability and gradient are exactly zero. It gets there as the bias
+    of the matmul, which its epilogue adds for free; slicing the logits would copy all of them, there and back.
+    """
+    logits = F.linear(x, w, _padding_bias(w, vocab_size, x))  # (N, V)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
+
+
+def _padding_bias(w: Tensor, vocab_size: int | None, x: Tensor) -> Tensor | None:
+    if vocab_size is None or vocab_size == w.shape[0]:
+        return None
+    bias = torch.zeros(w.shape[0], dtype=_compute_dtype(x), device=w.device)
+    bias[vocab_size:] = float("-inf")
+    return bias
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matmuls run in here: autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,0 +1,144 @@
+"""A run's folder, out/<run>/: who may write there, and what stands in it.
+
+lock             held by the one process that works here; the system frees it, also after kill -9
+config.json      settings, what became of "auto", machine, versions, commit, and every resume
+metrics.jsonl    a line a step, and a line a validation or sample
+loss.png         redrawn at every validation and at the end
+checkpoints/     see checkpoint.py
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from gpt2fast.errors import UserError
+from gpt2fast.files import write_atomic
+
+
+def check_free(folder: Path) -> None:
+    """UserError if there is anything in `folder`; writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder with --out or --run")
+    if folder.is_dir() and any(path.name != "lock" for path in folder.iterdir()):
+        kind = "a run" if (folder / "config.json").exists() else "other files"
+        raise UserError(
+            f"{folder} already holds {kind}: continue it with --resume, or choose another name with --run NAME"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock. UserError if another process does, or if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by another process: wait for it, or choose another name with --run NAME"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for place in (folder, folder / "checkpoints"):
+        for path in place.glob(".*.tmp") if place.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in place.glob(".*.deleted") if place.is_dir() else ():
+            shutil.rmtree(path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl. A last line that was cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+class Metrics:
+    """Context manager. Appends rows to metrics.jsonl, and to TensorBoard's files if a folder for them is given."""
+
+    def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None):
+        """Rows after `last_step`, which a resumed run makes again, are dropped: every step stands there once."""
+        kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = _tensorboard_writer()(tensorboard, purge_step=last_step + 1) if tensorboard else None
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._writer:
+            for name, value in row.items():
+                if name == "sample":
+                    self._writer.add_text(name, value, row["step"])
+                elif name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, row["step"])
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """UserError if TensorBoard is not installed."""
+    _tensorboard_writer()
+
+
+def _tensorboard_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install 'gpt2fast[tensorboard]'") from None
+    return SummaryWriter
+
+
+class Interrupt:
+    """While it is entered, Ctrl-C and SIGTERM are remembered instead of obeyed; a second Ctrl-C is obeyed.
+
+    `signal` is the number that came, or None. The loop asks between steps, and ends with a checkpoint. Within a
+    step it asks `overdue`: a step that is not done `GRACE` seconds after the signal is given up, so that the
+    checkpoint of the one before it is written before whoever sent the signal loses patience.
+    """
+
+    GRACE = 5.0
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._since = 0.0
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def overdue(self) -> bool:
+        return self.signal is not None and time.monotonic() - self._since > self.GRACE
+
+    def _remember(self, number: int, _frame) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()

@@ -1,0 +1,164 @@
+"""From settings to everything that the first step needs. Reads, compiles, computes; writes nothing.
+
+So whatever cannot work (data, device, memory, a checkpoint that does not fit) is refused before a run has begun.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gpt2fast import checkpoint, config, corpus, data, flops, ops, optim, run, tokenizer
+from gpt2fast.config import TrainConfig
+from gpt2fast.data import Dataset, Loader
+from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_tf32
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.model import GPT, parameter_count
+from gpt2fast.step import TrainingStep
+
+
+@dataclass(kw_only=True)
+class Session:
+    """Everything a run works with. `step` counts finished optimizer steps, `seconds` the time they took."""
+
+    config: TrainConfig
+    device: torch.device
+    precision: Precision
+    compile: bool
+    dataset: Dataset
+    train: Loader
+    val: Loader | None
+    entropy: float
+    model: GPT
+    take_step: TrainingStep
+    peak: float | None
+    step: int = 0
+    seconds: float = 0.0
+    first_loss: float = math.nan
+    expected_seconds: float = math.nan
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.folder / "checkpoints"
+
+    @property
+    def resolved(self) -> dict:
+        """What "auto" and None became, and what the data is: recorded beside the settings."""
+        return {
+            "device": str(self.device),
+            "device_name": device_name(self.device),
+            "precision": self.precision,
+            "compile": self.compile,
+            "parameters": parameter_count(self.model),
+            "unigram_entropy": self.entropy,
+            "data_fingerprint": self.dataset.fingerprint,
+        }
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        return flops.mfu(tokens_per_second, self.config.model, self.config.seq_len, self.peak)
+
+
+def prepare(c: TrainConfig) -> Session:
+    """UserError on anything that would stop the run later."""
+    device = pick_device(c.device)
+    precision = pick_precision(c.precision, device)
+    if c.batch_size is None:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        c = replace(c, batch_size=config.default_batch_size(c, memory))
+    c = replace(c, ops=c.ops.with_backend(c.backend))
+    config.check(c)
+    implementation = ops.build(c.ops, device.type)
+    if c.tensorboard:
+        run.check_tensorboard()
+    if not c.resume:
+        run.check_free(c.folder)
+    if c.sample_every:
+        tokenizer.load(c.tokenizer_file)
+    dataset = open_data(c)
+    train = Loader(dataset.train, c.batch_size, c.seq_len, c.model.vocab_size, c.shuffle, c.seed)
+
+    set_tf32(device, c.tf32)
+    model = GPT(c.model, implementation, c.seed).to(device)
+    compiled = device.type == "cuda" if c.compile is None else c.compile
+    s = Session(
+        config=c,
+        device=device,
+        precision=precision,
+        compile=compiled,
+        dataset=dataset,
+        train=train,
+        val=val_loader(c, dataset),
+        entropy=data.unigram_entropy(data.count_tokens(dataset.train, c.model.vocab_size)),
+        model=model,
+        take_step=TrainingStep(
+            model,
+            optim.adamw(model, c.weight_decay, (c.beta1, c.beta2)),
+            precision=precision,
+            accumulation=c.accumulation,
+            grad_clip=c.grad_clip,
+            compile=compiled,
+        ),
+        peak=flops.peak_flops(device_name(device), precision, c.tf32),
+    )
+    if c.resume:
+        load_checkpoint(s)
+    rehearse(s)
+    return s
+
+
+def open_data(c: TrainConfig) -> Dataset:
+    if c.data == corpus.NAME:
+        train, val = corpus.tokens(c.tokenizer_file)
+        return Dataset(c.data, [train], [val], data.fingerprint({"train": train, "val": val}))
+    return data.open_folder(Path(c.data), c.model.vocab_size)
+
+
+def val_loader(c: TrainConfig, dataset: Dataset) -> Loader | None:
+    """The validation split in order, in smaller batches where it is too short for B. None without a split."""
+    windows = sum(max(0, len(tokens) - 1) // c.seq_len for tokens in dataset.val)
+    if not c.val_every or not windows:
+        return None
+    return Loader(dataset.val, min(c.batch_size, windows), c.seq_len, c.model.vocab_size)
+
+
+def load_checkpoint(s: Session) -> None:
+    """Put the run's newest checkpoint into the session; UserError if it is damaged, or of other data."""
+    found = checkpoint.list_checkpoints(s.checkpoints)
+    if not found:
+        raise UserError(f"{s.config.folder} holds no checkpoint yet: delete it, and begin again without --resume")
+    step, path = found[-1]
+    state = checkpoint.read_state(path)
+    if state["data_fingerprint"] != s.dataset.fingerprint:
+        raise UserError(
+            f"data {s.config.data} has fingerprint {s.dataset.fingerprint}, and {path} was trained on "
+            f"{state['data_fingerprint']}: restore that data, or begin a new run with --run NAME"
+        )
+    if step >= s.config.steps:
+        raise UserError(f"run {s.config.folder} is complete at step {step}: raise --steps above {step} to train on")
+    checkpoint.load_training(path, s.model, s.take_step.optimizer, state)
+    if s.take_step.scaler.is_enabled() and state["scaler"]:
+        s.take_step.scaler.load_state_dict(state["scaler"])
+    s.step, s.seconds = step, state["seconds"]
+
+
+def rehearse(s: Session) -> None:
+    """Compile the step, see that it fits into memory, time it, and look at the loss; the model stays as it is."""
+    if s.compile:
+        print("compiling the training step, which takes about a minute ...", flush=True)
+    accumulation = s.config.accumulation
+    try:
+        batch = next(s.train.batches(s.step * accumulation, s.device))
+        s.first_loss, seconds = s.take_step.rehearse(batch)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(s.config) from None
+    s.expected_seconds = (s.config.steps - s.step) * accumulation * seconds
+    if not math.isfinite(s.first_loss):
+        raise UserError(f"the loss is {s.first_loss} at step {s.step + 1}: look at the data, or try --precision fp32")
+
+
+def out_of_memory(c: TrainConfig) -> RunError:
+    return RunError(
+        f"out of memory with --batch-size {c.batch_size} and --seq-len {c.seq_len}: "
+        f"take --batch-size {max(1, c.batch_size // 2)}; a step stays the same, in more micro-batches"
+    )

@@ -1,0 +1,84 @@
+"""One optimizer step: micro-batches forward and backward, clipping, AdamW. Training and benchmarks both run this."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gpt2fast.device import Precision, autocast
+from gpt2fast.model import GPT
+
+Batch = tuple[Tensor, Tensor]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class TrainingStep:
+    """step(batches, lr) updates the model once and returns loss and gradient norm, without waiting for the device."""
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        accumulation: int = 1,
+        grad_clip: float = 1.0,
+        compile: bool = False,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.precision, self.accumulation = precision, accumulation
+        self.grad_clip = grad_clip or float("inf")
+        self.device = model.wte.weight.device
+        self.forward = torch.compile(model, dynamic=False) if compile else model
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        with autocast(self.device, self.precision):
+            return self.forward(x, y)
+
+    def __call__(
+        self, batches: Iterator[Batch], lr: float, give_up: Callable[[], bool] = lambda: False
+    ) -> tuple[Tensor, Tensor] | None:
+        """Take `accumulation` batches; the mean loss and the gradient's norm before clipping, as 0-d device tensors.
+
+        `give_up` is asked before each micro-batch; if it says yes, nothing is updated and the result is None.
+        """
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.accumulation):
+            if give_up():
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            loss = self.loss(*next(batches)) / self.accumulation
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def rehearse(self, batch: Batch) -> tuple[float, float]:
+        """One micro-batch forward and backward, three times, changing nothing: its loss, and seconds for the third.
+
+        What is compiled is compiled now, and what does not fit into memory fails now, before a run has begun.
+        """
+        for _ in range(3):
+            synchronize(self.device)
+            start = time.perf_counter()
+            loss = self.loss(*batch)
+            loss.backward()
+            synchronize(self.device)
+            seconds = time.perf_counter() - start
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), seconds
