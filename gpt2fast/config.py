@@ -65,8 +65,8 @@ class TrainConfig:
     """auto: bf16 autocast where the device is fast at it, fp16 with loss scaling on CUDA without it, else fp32."""
     tf32: bool = True
     """Let CUDA's fp32 matmuls use TF32."""
-    compile: bool | None = None
-    """torch.compile. None: on CUDA only."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on CUDA only, since compiling takes longer than a short run on a CPU."""
 
     out: Path = Path("out")
     """Folder of all runs."""
@@ -139,7 +139,7 @@ def parse(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig, str]:
     source = f"preset {preset}" if named else f"preset {preset} (none was named; {', '.join(PRESETS)})"
     if config.resume:
         stored = read_config(config.folder)
-        if named and stored.model != PRESETS[preset].model:
+        if named and stored.model != config.model:
             raise UserError(
                 f"run {config.folder} is no {preset}: leave the preset out, and it goes on with its own settings"
             )

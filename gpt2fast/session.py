@@ -44,7 +44,7 @@ class Session:
 
     @property
     def resolved(self) -> dict:
-        """What "auto" and None became, and what the data is: recorded beside the settings."""
+        """What "auto" became, and what the data is: recorded beside the settings."""
         return {
             "device": str(self.device),
             "device_name": device_name(self.device),
@@ -80,7 +80,7 @@ def prepare(c: TrainConfig) -> Session:
 
     set_tf32(device, c.tf32)
     model = GPT(c.model, implementation, c.seed).to(device)
-    compiled = device.type == "cuda" if c.compile is None else c.compile
+    compiled = device.type == "cuda" if c.compile == "auto" else c.compile == "on"
     s = Session(
         config=c,
         device=device,

@@ -1,0 +1,54 @@
+"""A device, a fixed number of threads, and programs run from elsewhere. Triton is interpreted where there is no GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+CUDA = torch.cuda.is_available()
+THREADS = 2  # fixed, since sums over 1 and over 2 threads differ in their last bits
+
+torch.set_num_threads(THREADS)
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch has not done yet
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not CUDA:
+        pytest.skip(f"needs a CUDA GPU, and torch {torch.__version__} sees none")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """run_python(*args, cwd=, env=, check=, timeout=): `python *args` in an empty folder, the checkout importable.
+
+    The program gets a user's environment: what the tests set for themselves is taken out of it.
+    """
+
+    def run(*args, cwd=tmp_path, env=None, check=False, timeout=300) -> subprocess.CompletedProcess:
+        outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        defaults = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": str(THREADS)}
+        command = [sys.executable, *map(str, args)]
+        done = subprocess.run(
+            command, cwd=cwd, env=outside | defaults | (env or {}), capture_output=True, text=True, timeout=timeout
+        )
+        if check:
+            assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def run_module(run_python):
+    """run_module("gpt2fast.train", "--steps", "3"): `python -m ...`, with the options of run_python."""
+    return lambda module, *args, **options: run_python("-m", module, *args, **options)

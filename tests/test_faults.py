@@ -1,0 +1,417 @@
+"""Bad input and bad luck: refused in one line before anything is written; what was saved stays good."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from filelock import FileLock
+
+from gpt2fast import checkpoint, config, data, errors
+from gpt2fast import train as program
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.model import GPT
+from gpt2fast.ops import OpsConfig, build
+from gpt2fast.train import train
+
+pytest.importorskip("tyro", reason="needs tyro for the command line")
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with data in it; the only things there."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_data(tmp_path / "data")
+    return tmp_path
+
+
+def raw_shard(n):
+    def damage(folder):
+        (folder / "data" / "train.bin").write_bytes(np.zeros(n, np.uint16).tobytes())
+
+    return damage
+
+
+def damage_bytes(edit):
+    def damage(folder):
+        path = folder / "data" / "train.bin"
+        path.write_bytes(edit(path.read_bytes()))
+
+    return damage
+
+
+def unreadable(folder):
+    path = folder / "data" / "train.bin"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a mode of 000 would not stop root
+
+
+CUDA_ABSENT = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+# (flags, damage to the data, what the line must say)
+BAD = {
+    "T beyond block size": (["--seq-len", "32"], None, "--seq-len 32 is longer than the model's block size 16"),
+    "B*T not dividing": (["--total-batch", "100"], None, r"--total-batch 100 is no multiple of B\*T = 2\*16 = 32"),
+    "too short": ([], raw_shard(32), r"a batch needs B\*T\+1 = 33 tokens .*, and the longest shard holds 32"),
+    "truncated": ([], damage_bytes(lambda raw: raw[:-2]), "counts 1000 tokens, which take 3024 bytes, but it has 3022"),
+    "wrong magic": ([], damage_bytes(lambda raw: b"\x71\xda\x34\x01" + raw[4:]), "wrong magic"),
+    "token too large": ([], damage_bytes(lambda raw: raw[:-2] + b"\x51\xc4"), "token 50257 at position 999"),
+    "empty shard": ([], damage_bytes(lambda raw: b""), "is empty"),
+    "empty folder": (["--data", "nothing"], lambda folder: (folder / "nothing").mkdir(), "holds no training shard"),
+    "no folder": (["--data", "absent"], None, "data absent does not exist"),
+    "text instead of shards": (["--data", "data/train.bin"], None, "is a file: name a folder of shards"),
+    "unreadable": ([], unreadable, "cannot be read"),
+    "device unknown": (["--device", "gpu"], None, "unknown device 'gpu'"),
+    "device unsupported": (["--device", "meta"], None, "device meta is not supported"),
+    "fp16 on CPU": (["--precision", "fp16"], None, "fp16 needs a CUDA GPU"),
+    "learning rate": (["--lr", "nan"], None, "--lr is nan: it must be more than 0"),
+    "steps": (["--steps", "0"], None, "--steps is 0: it must be more than 0"),
+    "warm-up": (["--warmup", "21"], None, "--warmup 21 is longer than the run of --steps 20"),
+    "beta": (["--beta2", "1"], None, "--beta2 is 1.0: it must be below 1"),
+    "heads": (["--model.n-head", "3"], None, "n_embd 16 is no multiple of n_head 3"),
+    "tokenizer file": (["--sample-every", "5", "--tokenizer-file", "data/val.bin"], None, "is not GPT-2's vocab.bpe"),
+    "out is a file": (["--out", "data", "--run", "val.bin"], None, "is a file"),
+    "no run to resume": (["--resume"], None, "holds no run"),
+    "triton without a GPU": (["--backend", "triton"], None, "needs a CUDA GPU, .* use --backend torch, or set"),
+    "CUDA absent": (["--device", "cuda"], None, "device cuda was asked for, and torch sees 0 CUDA devices"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=CUDA_ABSENT if name == "CUDA absent" else ()) for name in BAD], ids=str
+)
+def test_bad_input_is_refused_before_anything_is_written(folder, monkeypatch, case):
+    flags, damage, message = BAD[case]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if damage:
+        damage(folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        program.main([*tiny.FLAGS, *flags])
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_unknown_preset(folder):
+    with pytest.raises(
+        UserError, match="unknown preset 'gpt3': choose one of nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    ):
+        program.main(["gpt3"])
+
+
+def test_an_error_is_one_line_and_exit_code_2(folder, run_module):
+    done = run_module("gpt2fast.train", *tiny.FLAGS, "--seq-len", "32", cwd=folder)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: --seq-len 32 is longer")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("a\n b"), 2), (RunError("a\n b"), 1)], ids=["user", "run"])
+def test_exit_codes(capsys, error, code):
+    def fail(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        errors.run_main(fail)
+    assert exit.value.code == code
+    assert capsys.readouterr().err == "error: a b\n"
+
+
+# ---- a run directory ----
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_resumed(folder, capsys):
+    c = tiny.config(folder, steps=4, warmup=1)
+    train(c)
+    before = {path: path.read_bytes() for path in c.folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume"):
+        train(c)
+    with pytest.raises(UserError, match="is complete at step 4: raise --steps"):
+        train(replace(c, resume=True))
+    assert {path: path.read_bytes() for path in c.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_other_files_is_refused(folder):
+    (folder / "out" / "tiny").mkdir(parents=True)
+    (folder / "out" / "tiny" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="already holds other files"):
+        train(tiny.config(folder))
+
+
+def test_two_runs_in_one_directory(folder):
+    c = tiny.config(folder)
+    c.folder.mkdir(parents=True)
+    with FileLock(c.folder / "lock"), pytest.raises(UserError, match="in use by another process"):
+        train(c)
+    assert {path.name for path in c.folder.iterdir()} <= {"lock"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.n-head", "4"], "was trained with model = "),  # changes no tensor's shape
+        (["--batch-size", "1"], "was trained with batch_size = 2, not 1"),
+        (["--seed", "5"], "was trained with seed = 1337, not 5"),
+        (["--data", "other"], "was trained with data = "),
+    ],
+    ids=["n_head", "batch size", "seed", "data"],
+)
+def test_resuming_as_another_run_is_refused(folder, capsys, flags, message):
+    program.main([*tiny.FLAGS, "--stop-at", "3"])
+    with pytest.raises(UserError, match=message):
+        program.main(["--resume", "--run", "tiny", *flags])
+    with pytest.raises(UserError, match="is no gpt2"):
+        program.main(["gpt2", "--resume", "--run", "tiny"])
+
+
+def test_resuming_on_other_tokens_is_refused(folder, capsys):
+    program.main([*tiny.FLAGS, "--stop-at", "3"])
+    tiny.write_data(folder / "data", seed=1)
+    with pytest.raises(UserError, match="has fingerprint .* restore that data"):
+        program.main(["--resume", "--run", "tiny"])
+
+
+def test_resume_needs_no_other_flag(folder, capsys):
+    program.main([*tiny.FLAGS, "--stop-at", "3"])
+    assert program.main(["--resume", "--run", "tiny"]) == 0
+    assert checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")[-1][0] == 20
+
+
+# ---- checkpoints ----
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[-8] ^= 1  # in the manifest: a digit of a checksum
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "how", [flip, lambda path: path.write_bytes(path.read_bytes()[:40]), Path.unlink], ids=["bit", "cut", "gone"]
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_good(folder, capsys, name, how):
+    c = tiny.config(folder, stop_at=12)
+    train(c)
+    (_, good), (_, newest) = checkpoint.list_checkpoints(c.folder / "checkpoints")
+    how(newest / name)
+    with pytest.raises(UserError, match="is damaged .* delete that folder to go on from the one before"):
+        train(replace(c, resume=True, stop_at=None))
+    checkpoint.remove_folder(newest)
+    assert good.name == "step_00000010"
+    assert train(replace(c, resume=True, stop_at=None)) == 0
+
+
+def test_a_checkpoint_of_another_shape_is_refused(folder, capsys):
+    c = tiny.config(folder, steps=4, warmup=1)
+    train(c)
+    _, path = checkpoint.list_checkpoints(c.folder / "checkpoints")[-1]
+    wider = GPT(replace(tiny.MODEL, n_embd=32), build(OpsConfig()))
+    with pytest.raises(UserError, match=r"does not fit the model: .*size mismatch for wte.weight"):
+        checkpoint.load_model(path, wider)
+
+
+def test_config_json_of_something_else(folder, capsys):
+    c = tiny.config(folder, stop_at=2)
+    train(c)
+    for text in ("{}", "[]", '{"config": {"model": 3}}', "nonsense", '{"config": null}'):
+        (c.folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match="damaged or of another version"):
+            config.read_config(c.folder)
+
+
+def test_files_have_the_users_usual_mode(folder, capsys):
+    c = tiny.config(folder, steps=2, warmup=1)
+    train(c)
+    umask = os.umask(0)
+    os.umask(umask)
+    _, path = checkpoint.list_checkpoints(c.folder / "checkpoints")[-1]
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
+
+
+def test_weights_are_50257_wide_and_hold_no_pickle(folder, capsys):
+    from safetensors import safe_open
+
+    c = tiny.config(folder, steps=2, warmup=1)
+    train(c)
+    _, path = checkpoint.list_checkpoints(c.folder / "checkpoints")[-1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        with safe_open(path / name, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        assert {shape[0] for key, shape in shapes.items() if key.endswith("wte.weight") and shape} == {50257}
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_only_the_newest_are_kept(folder, capsys):
+    c = tiny.config(folder, checkpoint_every=3, keep=2)
+    train(c)
+    assert [step for step, _ in checkpoint.list_checkpoints(c.folder / "checkpoints")] == [18, 20]
+    assert not list((c.folder / "checkpoints").glob(".*"))
+
+
+# ---- a loss that is not finite ----
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(folder, capsys, monkeypatch):
+    c = tiny.config(folder, log_every=4)
+    real, calls = GPT.forward, [0]
+
+    def forward(self, idx, targets=None):
+        calls[0] += 1
+        loss = real(self, idx, targets)
+        return loss * float("nan") if torch.is_grad_enabled() and calls[0] > 3 + 13 + 3 * 2 else loss
+
+    monkeypatch.setattr(GPT, "forward", forward)  # 3 in rehearsal, 3 validations of 2, so training step 14 is NaN
+    with pytest.raises(RunError, match=r"step \d+: loss nan.*the last good checkpoint is .*step_00000010"):
+        train(c)
+    found = checkpoint.list_checkpoints(c.folder / "checkpoints")
+    assert [step for step, _ in found] == [10]
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert train(replace(c, resume=True)) == 0
+
+
+def test_a_loss_that_is_not_finite_at_the_start_writes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(GPT, "forward", lambda self, x, y: self.wte.weight.sum() * float("inf"))
+    with pytest.raises(UserError, match="the loss is .* at step 1"):
+        train(tiny.config(folder))
+    assert not (folder / "out").exists()
+
+
+def test_out_of_memory_names_a_remedy(folder, monkeypatch):
+    def forward(self, x, y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    with pytest.raises(RunError, match="--batch-size 2 and --seq-len 16: take --batch-size 1"):
+        train(tiny.config(folder))
+
+
+# ---- signals, kills, full disks: real processes ----
+
+
+def start(folder, *flags, **options):
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gpt2fast.train", *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def wait_for_step(folder, step, process, seconds=120):
+    path = folder / "out" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+LONG = [*tiny.FLAGS, "--steps", "100000", "--checkpoint-every", "0", "--val-every", "0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_with_a_checkpoint(folder, number, code):
+    process = start(folder, *LONG)
+    wait_for_step(folder, 5, process)
+    process.send_signal(number)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert process.returncode == code, output
+    rows = [json.loads(line) for line in (folder / "out/tiny/metrics.jsonl").read_text().splitlines()]
+    (step, path), = checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")  # fmt: skip
+    assert step == rows[-1]["step"]
+    assert checkpoint.read_state(path)["step"] == step
+    assert "--resume" in output
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_too_long_is_given_up_after_a_signal(folder):
+    """1024 micro-batches make a step of a minute or more: the checkpoint is of step 0, in time."""
+    tiny.write_data(folder / "data", n=40000)
+    process = start(folder, *LONG, "--total-batch", str(32 * 4096), "--model.block-size", "16")
+    while not (folder / "out/tiny/metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert process.returncode == 143, output
+    assert [step for step, _ in checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")] == [0]
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leaves_the_last_checkpoint_good(folder, capsys):
+    """A process that saves after every step is killed at random moments, resumed each time, and ends up bit-equal."""
+    flags = [*tiny.FLAGS, "--steps", "400", "--checkpoint-every", "1", "--val-every", "0", "--keep", "1"]
+    moments = random.Random(0)
+    killed, target = 0, 3
+    while killed < 6:
+        process = start(folder, *flags, *(["--resume"] if killed else []))
+        wait_for_step(folder, target, process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        killed += 1
+        step, path = checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")[-1]
+        assert checkpoint.read_state(path)["step"] == step >= target - 1
+        target = step + 3
+    end = target + 5
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    program.main([*flags, "--resume", "--stop-at", str(end)])
+    program.main([*flags, "--run", "straight", "--stop-at", str(end), "--checkpoint-every", "0"])
+    torch.set_num_threads(threads)
+    paths = [checkpoint.list_checkpoints(folder / f"out/{run}/checkpoints")[-1][1] for run in ("tiny", "straight")]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert paths[0].joinpath(name).read_bytes() == paths[1].joinpath(name).read_bytes()
+    losses = [[json.loads(line)["loss"] for line in (folder / f"out/{run}/metrics.jsonl").read_text().splitlines()]
+              for run in ("tiny", "straight")]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(folder):
+    first = start(folder, *tiny.FLAGS, "--stop-at", "4")
+    assert first.wait(timeout=120) == 0
+    model = next((folder / "out/tiny/checkpoints").iterdir()) / "model.safetensors"
+    limit = model.stat().st_size // 2
+
+    def fill_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    second = start(folder, *tiny.FLAGS, "--resume", preexec_fn=fill_disk)
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 1
+    line = output.strip().splitlines()[-1]
+    assert line.startswith("error: checkpoint ")
+    assert "could not be saved" in line
+    assert "step_00000004, which is whole" in line
+    assert [path.name for path in (folder / "out/tiny/checkpoints").iterdir()] == ["step_00000004"]
+    third = start(folder, *tiny.FLAGS, "--resume")
+    assert third.wait(timeout=120) == 0
+
+
+def test_a_shard_written_while_the_disk_is_full_is_refused_later(folder):
+    """What a foreign program left half-written is found by its size."""
+    path = folder / "data" / "train.bin"
+    os.truncate(path, 1500)
+    with pytest.raises(UserError, match="truncated"):
+        data.open_folder(folder / "data", 50257)

@@ -1,0 +1,89 @@
+"""What a person sees: a terminal gets one live line, a log file plain ones; the plot shows the unigram entropy."""
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+import tiny
+
+from gpt2fast import plot, screen
+from gpt2fast.train import train
+
+ROW = {"step": 3, "loss": 9.87654, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 123456.7, "mfu": None}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3725, "1:02:05"), (2 * 86400 + 61, "2d 00:01")],
+    ids=str,
+)
+def test_clock(seconds, text):
+    assert screen.clock(seconds) == text
+
+
+def test_plain_lines_when_the_output_is_no_terminal(capsys):
+    with screen.Screen(10, 0) as s:
+        s.step(ROW, eta=75)
+        s.step(ROW, eta=74)  # too soon for another line
+        s.say("an event")
+        s.step(ROW | {"step": 10, "mfu": 0.4567}, eta=0)
+    assert capsys.readouterr().out.splitlines() == [
+        "step  3/10  loss 9.877  lr 6.00e-04  norm 1.23  123,457 tok/s  MFU unknown  ETA 1:15",
+        "an event",
+        "step 10/10  loss 9.877  lr 6.00e-04  norm 1.23  123,457 tok/s  MFU 45.7%  ETA 0:00",
+    ]
+
+
+def test_one_live_line_in_a_terminal():
+    code = f"""
+from gpt2fast.screen import Screen
+with Screen(10, 0) as s:
+    for i in (1, 2):
+        s.step({ROW!r} | {{"step": i}}, eta=9)
+    s.say("an event")
+"""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 140))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", code], stdout=theirs, env=environment, check=True, timeout=120)
+    os.close(theirs)
+    output = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert output.count("\r") > 3  # redrawn in place
+    assert "step  2/10  loss 9.877" in output
+    assert "an event\r\n" in output
+
+
+def test_the_plot_has_both_curves_and_the_entropy(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **options: drawn.append((y, options["label"])))
+    rows = [
+        {"step": 1, "loss": 10.8},
+        {"step": 2, "loss": 7.0},
+        {"step": 2, "val_loss": 7.5},
+        {"step": 2, "sample": "a"},
+    ]
+    plot.loss_curve(rows, tmp_path / "loss.png", "a run", 5.84)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [(5.84, "unigram entropy 5.84: token frequencies only")]
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_run_without_validation_split_says_so(tmp_path, capsys):
+    c = tiny.config(tmp_path, steps=2, warmup=1)
+    (tmp_path / "data" / "val.bin").unlink()
+    assert train(c) == 0
+    assert "nothing is validated" in capsys.readouterr().out
+
+
+def test_tensorboard(tmp_path, capsys):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    c = tiny.config(tmp_path, steps=4, warmup=1, tensorboard=True)
+    train(c)
+    events = reader.EventAccumulator(str(c.folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
