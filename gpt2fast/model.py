@@ -135,7 +135,7 @@ class GPT(nn.Module):
         self.config = config
         self.ops = ops
         self.wte = nn.Module()
-        self.wte.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.n_embd))
+        self.wte.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.n_embd))
         self.wpe = nn.Module()
         self.wpe.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
         self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
@@ -150,8 +150,8 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 std = residual_std if name.endswith("c_proj.weight") else INIT_STD
-                weight.normal_(0.0, std, generator=generator)
-        self.wte.weight[self.config.vocab_size :] = 0
+                drawn = weight[: self.config.vocab_size] if name == "wte.weight" else weight
+                drawn.normal_(0.0, std, generator=generator)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V), or with targets (B, T) the mean loss, fp32."""

@@ -47,13 +47,14 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
-    """(N, C), (V, C), (N,) int64 -> the mean loss in fp32. Rows of `w` from `vocab_size` on are padding.
+    """(N, C), (V, C), (N,) int64 -> the mean loss, fp32. Rows of `w` from `vocab_size` on are padding.
 
     A padded column's logit is minus infinity: probability and gradient are exactly zero. It gets there as the bias
     of the matmul, which its epilogue adds for free; slicing the logits would copy all of them, there and back.
     """
     logits = F.linear(x, w, _padding_bias(w, vocab_size, x))  # (N, V)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays, to be the truth in tests
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE)
 
 
 def _padding_bias(w: Tensor, vocab_size: int | None, x: Tensor) -> Tensor | None:

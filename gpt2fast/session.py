@@ -115,11 +115,14 @@ def open_data(c: TrainConfig) -> Dataset:
 
 
 def val_loader(c: TrainConfig, dataset: Dataset) -> Loader | None:
-    """The validation split in order, in smaller batches where it is too short for B. None without a split."""
+    """Windows of the validation split, the same ones each time and from all over it; None without a split.
+
+    Where the split is too short for B, in smaller batches.
+    """
     windows = sum(max(0, len(tokens) - 1) // c.seq_len for tokens in dataset.val)
     if not c.val_every or not windows:
         return None
-    return Loader(dataset.val, min(c.batch_size, windows), c.seq_len, c.model.vocab_size)
+    return Loader(dataset.val, min(c.batch_size, windows), c.seq_len, c.model.vocab_size, shuffle=True)
 
 
 def load_checkpoint(s: Session) -> None:

@@ -92,7 +92,7 @@ class Log:
 
 @torch.no_grad()
 def validate(s: Session, interrupt: Interrupt) -> float | None:
-    """Mean loss over the first `val_batches` of the validation split; None when interrupted."""
+    """Mean loss over `val_batches` micro-batches of the validation split; None when interrupted."""
     batches = s.val.batches(0, s.device)
     losses = []
     for _ in range(min(s.config.val_batches, s.val.batches_per_epoch)):

@@ -1,0 +1,55 @@
+"""Every command of the README runs: CI runs the first two blocks from nothing, this file all others, made short."""
+
+import re
+import shlex
+
+import pytest
+from conftest import CHECKOUT
+
+pytest.importorskip("tyro", reason="needs tyro for the command lines")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+COMMANDS = [line for block in BLOCKS[2:] for line in block.splitlines()]
+# What is added to keep a command short: of a flag that is given twice, the last counts.
+SHORT = {
+    "gpt2fast.train": "--steps 4 --warmup 1 --val-batches 1 --sample-tokens 3",
+    "gpt2fast.train --resume": "--steps 6",
+    "gpt2fast.train --help": "",
+    "gpt2fast.sample": "--tokens 3",
+    "gpt2fast.prepare": "",
+    "benchmarks.ladder": "--steps 1 --warmup 1 --rungs fp32 --batch-size 1 --seq-len 32 --out rows",
+    "benchmarks.gpu": "",
+}
+
+
+def test_the_first_two_blocks_are_what_ci_runs():
+    main, tests = (block.strip() for block in BLOCKS[:2])
+    assert main.startswith("python3 -m venv .venv &&")
+    assert main.endswith("python -m gpt2fast.train")
+    assert tests.endswith("'.[test]' && .venv/bin/python -m pytest")
+    script = (CHECKOUT / ".ci" / "run").read_text()
+    assert 'eval "$(readme_command 2)"' in script
+    assert 'eval "$(readme_command 1) ' in script
+
+
+def test_every_link_leads_somewhere():
+    text = (CHECKOUT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    assert [link for link in links if not (CHECKOUT / link).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_module):
+    """After the main command, in one folder, as a reader would."""
+    (tmp_path / "README.md").write_text("A text of one's own. " * 2000)
+    unused = set(SHORT)
+    for command in ["python -m gpt2fast.train", *COMMANDS]:
+        python, dash_m, *words = shlex.split(command)
+        assert (python, dash_m) == ("python", "-m"), f"not run by any test: {command}"
+        key = next(key for key in (" ".join(words[:2]), words[0]) if key in SHORT)
+        unused.discard(key)
+        done = run_module(*words, *SHORT[key].split(), cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+        expected = 2 if key == "benchmarks.gpu" else 0  # it says that there is no GPU
+        assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert not unused
+    assert (tmp_path / "out" / "nano" / "loss.png").exists()
