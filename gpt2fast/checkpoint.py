@@ -51,8 +51,8 @@ def save(folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, 
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
-        save_file(_contiguous(_moments(model, optimizer)), temporary / "optimizer.safetensors")
+        save_file(_on_cpu(model.state_dict()), temporary / "model.safetensors")
+        save_file(_on_cpu(_moments(model, optimizer)), temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, "rng": _rng_state(), **state}))
         manifest = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in _FILES
@@ -154,8 +154,8 @@ def _pad_rows(name: str, tensor: Tensor, rows: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, 0, rows - len(tensor))) if _is_padded(name, tensor) else tensor
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _rng_state() -> dict:

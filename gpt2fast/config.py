@@ -77,7 +77,7 @@ class TrainConfig:
     stop_at: int | None = None
     """End after this step with a checkpoint, as Ctrl-C would; the schedule still goes to --steps."""
     log_every: int | None = None
-    """Steps between reading losses back. None: 10 on CUDA, where reading makes the host wait, else 1."""
+    """Steps between reading losses back. None: on CUDA, where the host then waits, once a second; else each step."""
     val_every: int = 250
     """Steps between validations; 0: never."""
     val_batches: int = 20

@@ -9,6 +9,7 @@ checkpoints/     see checkpoint.py
 
 import contextlib
 import json
+import math
 import shutil
 import signal
 import time
@@ -80,7 +81,9 @@ class Metrics:
         self._writer = _tensorboard_writer()(tensorboard, purge_step=last_step + 1) if tensorboard else None
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no infinity, and an fp16 gradient's norm may be just that
+        row = {name: None if value in (math.inf, -math.inf) else value for name, value in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer:
             for name, value in row.items():

@@ -1,7 +1,7 @@
 """Train GPT-2: `python -m gpt2fast.train [PRESET] [--flags]`.
 
 `train(config)` gets everything ready (session.py), takes the run's folder (run.py) and steps until it is done or
-interrupted. The loop never waits for the device: losses stay there until they are shown, every `log_every` steps.
+interrupted. The loop never waits for the device: losses stay there until they are shown.
 """
 
 import json
@@ -25,6 +25,7 @@ from gpt2fast.sample import sample_text
 from gpt2fast.screen import Screen, header, summary
 from gpt2fast.session import Session, out_of_memory, prepare
 
+LOG_SECONDS = 1.0  # on CUDA, unless --log-every says how many steps
 SUMMARY_STEPS = 20  # the summary's training loss is the mean of so many steps
 
 
@@ -34,7 +35,6 @@ class Log:
     def __init__(self, s: Session, metrics: run.Metrics, screen: Screen):
         self.s, self.metrics, self.screen = s, metrics, screen
         self.val_loss: float | None = None
-        self._every = s.config.log_every or (10 if s.device.type == "cuda" else 1)
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._losses: deque[float] = deque(maxlen=SUMMARY_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=50)
@@ -46,8 +46,14 @@ class Log:
 
     def step(self, lr: float, loss: Tensor, norm: Tensor) -> None:
         self._pending.append((self.s.step, lr, loss, norm))
-        if len(self._pending) >= self._every:
+        if self._is_time():
             self.flush()
+
+    def _is_time(self) -> bool:
+        every = self.s.config.log_every
+        if every is None and self.s.device.type == "cuda":
+            return time.perf_counter() - self._start >= LOG_SECONDS
+        return len(self._pending) >= (every or 1)
 
     def flush(self) -> None:
         """The one place where the host waits for the device. RunError on a loss or norm that is not finite."""

@@ -148,6 +148,22 @@ def test_a_folder_with_other_files_is_refused(folder):
         train(tiny.config(folder))
 
 
+def test_a_run_that_appears_while_this_one_gets_ready_is_not_mixed_with_it(folder, monkeypatch):
+    c = tiny.config(folder)
+
+    def prepare(config):
+        s = real(config)
+        c.folder.mkdir(parents=True)
+        (c.folder / "config.json").write_text("another's")
+        return s
+
+    real = program.prepare
+    monkeypatch.setattr(program, "prepare", prepare)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(c)
+    assert (c.folder / "config.json").read_text() == "another's"
+
+
 def test_two_runs_in_one_directory(folder):
     c = tiny.config(folder)
     c.folder.mkdir(parents=True)
@@ -263,7 +279,7 @@ def test_only_the_newest_are_kept(folder, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(folder, capsys, monkeypatch):
-    c = tiny.config(folder, log_every=4)
+    c = tiny.config(folder, log_every=100)
     real, calls = GPT.forward, [0]
 
     def forward(self, idx, targets=None):

@@ -270,3 +270,25 @@ def test_a_step_on_cuda_does_not_wait_for_the_device(tmp_path):
         s.take_step(stream, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_metrics_are_json_even_when_a_norm_is_infinite(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with run.Metrics(path, last_step=0) as rows:
+        rows.write({"step": 1, "loss": 2.5, "grad_norm": math.inf, "mfu": None})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            rows.write({"step": 2, "loss": math.nan})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": 2.5,
+        "grad_norm": None,
+        "mfu": None,
+    }
+
+
+def test_metrics_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val_loss": 3}\n{"step": 3}\n{"st')
+    with run.Metrics(path, last_step=2) as rows:
+        rows.write({"step": 3, "loss": 1.0})
+    assert [row["step"] for row in run.read_metrics(path)] == [1, 2, 2, 3]

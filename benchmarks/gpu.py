@@ -1,0 +1,181 @@
+"""Everything that needs a GPU, in one command and a time budget: `python -m benchmarks.gpu --out DIR`.
+
+    environment   card, driver, versions; measured copy bandwidth and matmul rate, which are the ceilings
+    tests         the tests marked gpu
+    ladder        tokens/s of gpt2 at B=64, T=1024, rung by rung
+    profile       one compiled step's device time by group of kernels, beside the floor
+
+Each stage is a process of its own with its own limit. Rows are in DIR/gpu.jsonl as soon as they exist, and what a
+stage printed is in DIR/<stage>.log, so a crash, a hang or a dead machine costs what was under way and no more.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, ladder, step_profile
+from gpt2fast import machine
+from gpt2fast.device import device_name
+from gpt2fast.errors import UserError, run_main
+
+BUDGET = 540.0
+LIMITS = {"environment": 90.0, "tests": 150.0, "ladder": 330.0, "profile": 150.0}  # seconds; and never past the budget
+RUNG_LIMIT = 110.0
+COPY_BYTES = 4 * 2**30
+# (M, N, K) of x (M, K) w^T (K, N): the usual yardstick, then GPT-2 124M's own at B=64, T=1024
+MATMULS = [(8192, 8192, 8192)] + [
+    (65536, n, k) for n, k in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50304, 768))
+]
+
+
+def copy_bandwidth(device: torch.device, size: int, n: int = 20) -> dict:
+    """Bytes read plus bytes written per second of a copy of `size` bytes on the device."""
+    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    times = harness.time_calls(lambda: target.copy_(source), device, n, 5.0)
+    return {"bytes": 2 * size, "gb_per_s": harness.spread([2 * size / t / 1e9 for t in times])}
+
+
+def matmul_rate(device: torch.device, M: int, N: int, K: int, n: int = 20) -> dict:
+    """TFLOP/s of a bf16 product of random data; zeros would run faster."""
+    x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
+    w = torch.randn(N, K, device=device, dtype=torch.bfloat16)
+    for _ in range(3):
+        torch.nn.functional.linear(x, w)
+    times = harness.time_calls(lambda: torch.nn.functional.linear(x, w), device, n, 5.0)
+    return {"shape": [M, N, K], "tflops": harness.spread([2 * M * N * K / t / 1e12 for t in times])}
+
+
+def environment(
+    options: argparse.Namespace, device: torch.device, copy_bytes: int = COPY_BYTES, matmuls=MATMULS
+) -> None:
+    """The ceilings, one row each."""
+    write(options, "environment", {"measured": "copy", **copy_bandwidth(device, copy_bytes)})
+    for shape in matmuls:
+        write(options, "environment", {"measured": "matmul bf16", **matmul_rate(device, *shape)})
+
+
+def gpu_tests(options: argparse.Namespace, device: torch.device) -> None:
+    """The tests marked gpu; a row with the counts, even if some fail or hang."""
+    log = options.out / "pytest.log"
+    arguments = ["-m", "gpu", "-q", "-p", "no:cacheprovider", harness.ROOT / "tests"]
+    result = harness.run_apart("pytest", *arguments, limit=options.limit - 10, log=log)
+    counts = count_tests(log.read_text(errors="replace"))
+    write(options, "tests", {**result, **counts})
+    print(log.read_text(errors="replace"))
+    if result["status"] != "ok":
+        raise SystemExit(1)
+
+
+def count_tests(output: str) -> dict[str, int]:
+    """pytest's closing line -> {"passed": 3, "failed": 1, ...}."""
+    closing = [line for line in output.splitlines() if re.search(r" in [\d.]+s", line)]
+    return (
+        {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", closing[-1])}
+        if closing
+        else {}
+    )
+
+
+def climb(options: argparse.Namespace, device: torch.device) -> None:
+    """The ladder, its rows in the same file."""
+    arguments = ["--size", options.size, "--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
+    arguments += ["--device", str(device), "--limit", str(RUNG_LIMIT), "--budget", str(options.limit - 15)]
+    arguments += ["--seconds", "6", "--file", str(options.out / "gpu.jsonl")]
+    if ladder.main(arguments):
+        raise SystemExit(1)
+
+
+def profiles(options: argparse.Namespace, device: torch.device) -> None:
+    """A step of each backend, by group of kernels."""
+    for backend in ("torch", "triton"):
+        row = step_profile.measure(backend, options.size, options.batch_size, options.seq_len, device, compile=True)
+        write(options, "profile", row)
+        print(step_profile.table(row), flush=True)
+
+
+STAGES = {"environment": environment, "tests": gpu_tests, "ladder": climb, "profile": profiles}
+
+
+def write(options: argparse.Namespace, stage: str, row: dict) -> None:
+    harness.append_row(options.out / "gpu.jsonl", {"suite": "gpu", "stage": stage, **row})
+
+
+def run_stages(options: argparse.Namespace, names: Sequence[str]) -> list[dict]:
+    """Each in its own process, while the budget lasts."""
+    end = time.monotonic() + options.budget
+    record = machine.record()
+    rows = []
+    for name in names:
+        left = end - time.monotonic()
+        limit = min(LIMITS[name], left)
+        if limit < 20:
+            row = {"status": "no time left", "seconds": 0.0}
+        else:
+            print(f"{name} (at most {limit:.0f} s) ...", end=" ", flush=True)
+            arguments = ["--out", options.out, "--size", options.size, "--batch-size", options.batch_size]
+            arguments += ["--seq-len", options.seq_len, "--device", options.device, "--limit", limit, "--stage", name]
+            row = harness.run_apart("benchmarks.gpu", *arguments, limit=limit, log=options.out / f"{name}.log")
+        print(f"{row['status']}, {row['seconds']:.0f} s", flush=True)
+        write(options, name, {**row, "machine": record})
+        rows.append({"stage": name, **row})
+    return rows
+
+
+def summary(path: Path) -> str:
+    """The rows of a file, for people: ceilings, tests, ladder, profile."""
+    lines, rungs = [], []
+    for row in map(json.loads, path.read_text().splitlines()):
+        if row.get("measured") == "copy":
+            lines.append(f"copy        {row['gb_per_s']['median']:,.0f} GB/s, read + written")
+        elif row.get("measured"):
+            lines.append(f"matmul      {row['tflops']['median']:,.0f} TFLOP/s bf16 at M, N, K = {row['shape']}")
+        elif "passed" in row or "failed" in row:
+            lines.append(f"gpu tests   {row.get('passed', 0)} passed, {row.get('failed', 0)} failed")
+        elif "groups" in row:
+            lines.append(step_profile.table(row))
+        elif row["suite"] == "ladder":
+            rungs.append(row)
+        elif row.get("status") not in (None, "ok"):
+            lines.append(f"{row['stage']}: {row['status']}: {row.get('why') or row.get('tail', '').strip()[-300:]}")
+    return "\n".join([*lines, ladder.table(rungs)] if rungs else lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    p.add_argument("--out", type=Path, required=True, help="folder of rows and logs")
+    p.add_argument("--only", action="append", choices=STAGES, help="this stage; may be repeated")
+    p.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    p.add_argument("--size", choices=ladder.SIZES, default="gpt2")
+    p.add_argument("--batch-size", type=int, default=64)
+    p.add_argument("--seq-len", type=int, default=1024)
+    p.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # what a stage's process gets
+    p.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    p.add_argument("--limit", type=float, default=BUDGET, help=argparse.SUPPRESS)
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(argv)
+    if options.stage:
+        STAGES[options.stage](options, torch.device(options.device))
+        return 0
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"benchmarks.gpu needs a CUDA GPU, and torch {torch.__version__} sees none: use benchmarks.ladder"
+        )
+    print(f"{device_name(torch.device('cuda'))}; rows in {options.out / 'gpu.jsonl'}")
+    rows = run_stages(options, options.only or list(STAGES))
+    print(summary(options.out / "gpu.jsonl"))
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    run_main(main)
