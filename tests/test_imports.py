@@ -1,0 +1,161 @@
+"""Who may import whom. The table is exact: a new file, and a new arrow, must be written down here."""
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+ARROWS = {
+    # module of gpt2fast: modules of gpt2fast that it imports
+    "allocator": "",
+    "checkpoint": "errors files model",
+    "config": "corpus errors model ops",
+    "corpus": "errors tokenizer",
+    "data": "errors",
+    "device": "errors",
+    "errors": "",
+    "files": "",
+    "flops": "model",
+    "kernels": "",
+    "machine": "device",
+    "model": "errors ops",
+    "ops": "errors kernels reference",
+    "optim": "",
+    "plot": "files",
+    "prepare": "data errors files model run sources tokenizer",
+    "reference": "",
+    "run": "errors files",
+    "sample": "allocator checkpoint config device errors model ops tokenizer",
+    "screen": "device model session",
+    "session": "checkpoint config corpus data device errors flops model ops optim run step tokenizer",
+    "sources": "errors",
+    "step": "device model",
+    "tokenizer": "errors",
+    "train": "allocator checkpoint config device errors files machine optim plot run sample screen session",
+}
+
+KERNELS = {
+    # file of kernels/: files of kernels/ that it imports
+    "registration": "",
+}
+
+PROGRAMS = {"prepare", "sample", "screen", "session", "train"}  # nothing but a program imports one of these
+EXTERNAL = {"reference": {"torch"}, "ops": {"torch"}, "model": {"torch"}, "errors": set()}  # where that matters
+HEAVY = {"tyro", "triton", "transformers", "matplotlib", "tensorboard", "pyarrow"}  # imported when needed, if ever
+
+
+def parse(folder: str, module: str) -> ast.Module:
+    return ast.parse((CHECKOUT / folder / f"{module}.py").read_text())
+
+
+def imports(tree: ast.AST, package: str) -> set[str]:
+    """Full names of all that a member of `package` imports, also inside functions, also through import_module."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = [package.rsplit(".", node.level - 1)[0]] if node.level else []
+            base = ".".join(parent + ([node.module] if node.module else []))
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            assert isinstance(node.args[0], ast.Constant), f"{ast.unparse(node)} imports what cannot be told"
+            names.add(node.args[0].value)
+    return names
+
+
+def ours(names: set[str], package: str, modules: set[str]) -> set[str]:
+    """The members of `package` among full names: of gpt2fast, "model" for "gpt2fast.model.GPT"."""
+    rests = {name.removeprefix(f"{package}.").split(".")[0] for name in names if name.startswith(f"{package}.")}
+    return rests & modules
+
+
+def stems(folder: str) -> set[str]:
+    return {path.stem for path in (CHECKOUT / folder).glob("*.py")} - {"__init__"}
+
+
+def third_party(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"gpt2fast"}
+
+
+def test_every_module_declares_its_arrows():
+    assert set(ARROWS) == stems("gpt2fast")
+    assert set(KERNELS) == stems("kernels")
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_gpt2fast_imports_what_the_table_says(module):
+    names = imports(parse("gpt2fast", module), "gpt2fast")
+    assert ours(names, "gpt2fast", set(ARROWS)) == set(ARROWS[module].split())
+    if module in EXTERNAL:
+        assert third_party(names) == EXTERNAL[module]
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_kernels_import_torch_triton_and_each_other(module):
+    names = imports(parse("kernels", module), "gpt2fast.kernels")
+    assert ours(names, "gpt2fast.kernels", set(KERNELS)) == set(KERNELS[module].split())
+    assert {name for name in names if f"{name}.".startswith("gpt2fast.") and "gpt2fast.kernels." not in name} == set()
+    assert third_party(names) <= {"torch", "triton"}
+
+
+def test_no_arrow_leads_back():
+    TopologicalSorter({module: arrows.split() for module, arrows in ARROWS.items()}).prepare()
+    TopologicalSorter({module: arrows.split() for module, arrows in KERNELS.items()}).prepare()
+
+
+def test_only_programs_import_programs():
+    assert {module for module, arrows in ARROWS.items() if PROGRAMS & set(arrows.split())} <= PROGRAMS
+
+
+@pytest.mark.parametrize("folder", ["gpt2fast", "kernels", "benchmarks"])
+def test_nothing_imports_tests_and_only_benchmarks_import_benchmarks(folder):
+    forbidden = {"tests", *stems("tests")} | ({"benchmarks"} if folder != "benchmarks" else set())
+    for module in stems(folder):
+        assert not {name.split(".")[0] for name in imports(parse(folder, module), folder)} & forbidden, module
+
+
+def test_ops_alone_chooses_kernels_and_inside_a_function():
+    assert [module for module, arrows in ARROWS.items() if "kernels" in arrows.split()] == ["ops"]
+    places = [
+        getattr(statement, "name", "at the top")
+        for statement in parse("gpt2fast", "ops").body
+        if ours(imports(statement, "gpt2fast"), "gpt2fast", {"kernels"})
+    ]
+    assert places == ["_implementation"]
+
+
+def test_kernels_is_no_package_of_that_name():
+    assert not (CHECKOUT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_importing_a_program_imports_nothing_heavy(program, run_python):
+    code = f"import sys, gpt2fast.{program}; print({HEAVY!r} & set(sys.modules) or 'nothing')"
+    assert run_python("-c", code, check=True).stdout == "nothing\n"
+
+
+def test_the_torch_path_works_where_triton_is_not_installed(run_python):
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["gpt2fast.kernels"] = None  # importing either is now an ImportError
+import torch
+from gpt2fast import model, ops, optim
+gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=64), ops.build(ops.OpsConfig()))
+idx = torch.arange(8)[None]
+gpt(idx, idx).backward()
+optim.adamw(gpt, 0.1).step()
+print("trained")
+"""
+    assert run_python("-c", code, check=True).stdout == "trained\n"
+
+
+@pytest.mark.slow
+def test_transformers_imports_with_the_checkout_as_current_folder(run_python):
+    pytest.importorskip("transformers", reason="it is transformers that looks for a package named kernels")
+    done = run_python("-c", "from transformers import GPT2LMHeadModel as m; print(m)", cwd=CHECKOUT, check=True)
+    assert "GPT2LMHeadModel" in done.stdout

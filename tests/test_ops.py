@@ -1,0 +1,90 @@
+"""The choice of implementations: every op is looked up by name, and what is missing is refused at start-up."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from gpt2fast import ops, reference
+from gpt2fast.errors import UserError
+from gpt2fast.model import GPT, GPTConfig
+from gpt2fast.ops import NAMES, OpsConfig, build
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> ModuleType:
+    """A module in the place of gpt2fast.kernels that defines the six names, each another object."""
+    module = ModuleType("gpt2fast.kernels")
+    for name in NAMES:
+        setattr(module, name, lambda *args: args)
+    monkeypatch.setitem(sys.modules, "gpt2fast.kernels", module)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return module
+
+
+def test_the_six_names():
+    assert NAMES == ("layer_norm", "add_layer_norm", "attention", "mlp", "linear", "linear_cross_entropy")
+    assert tuple(vars(OpsConfig())) == NAMES
+
+
+def test_the_backend_fills_only_what_was_left_open():
+    config = OpsConfig(attention="torch").with_backend("triton")
+    assert vars(config) == dict.fromkeys(NAMES, "triton") | {"attention": "torch"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_op_is_the_chosen_modules_function_of_that_name(name, kernels):
+    assert getattr(build(OpsConfig()), name) is getattr(reference, name)
+    assert getattr(build(OpsConfig().with_backend("torch")), name) is getattr(reference, name)
+    assert getattr(build(OpsConfig().with_backend("triton")), name) is getattr(kernels, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_op_can_differ_from_all_others(name, kernels):
+    mixed = build(OpsConfig(**{name: "triton"}))
+    assert {op: getattr(mixed, op) for op in NAMES} == {
+        op: getattr(kernels if op == name else reference, op) for op in NAMES
+    }
+
+
+def test_an_op_without_implementation_is_refused_by_name(kernels):
+    del kernels.attention
+    with pytest.raises(UserError, match=r"triton has no implementation of attention: take --ops.attention torch"):
+        build(OpsConfig().with_backend("triton"))
+    assert build(OpsConfig(attention="torch").with_backend("triton")).mlp is kernels.mlp
+
+
+def test_several_missing_ops_are_all_named(kernels):
+    del kernels.mlp, kernels.linear
+    with pytest.raises(UserError, match="mlp, linear"):
+        build(OpsConfig().with_backend("triton"))
+
+
+@pytest.mark.parametrize("value", [None, "0"], ids=["unset", "0"])
+def test_triton_on_a_cpu_is_refused_unless_it_is_interpreted(value, kernels, monkeypatch):
+    if value is None:
+        monkeypatch.delenv("TRITON_INTERPRET")
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    with pytest.raises(UserError, match=r"needs a CUDA GPU.* on cpu: use --backend torch, or set TRITON_INTERPRET=1"):
+        build(OpsConfig(mlp="triton"), "cpu")
+    assert build(OpsConfig(mlp="triton"), "cuda").mlp is kernels.mlp
+
+
+def test_triton_that_is_not_installed_is_refused(kernels, monkeypatch):
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package triton \(pip install triton.*--backend torch"):
+        build(OpsConfig(linear="triton"))
+    assert build(OpsConfig()).linear is reference.linear
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(UserError, match="unknown implementation 'cuda'"):
+        build(OpsConfig(linear="cuda"))
+
+
+def test_names_in_a_checkpoint_do_not_depend_on_the_ops(kernels):
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=64)
+    torch_model, triton_model = (GPT(config, build(OpsConfig().with_backend(name))) for name in ("torch", "triton"))
+    assert list(torch_model.state_dict()) == list(triton_model.state_dict())
+    assert not any("ops" in name for name in torch_model.state_dict())
