@@ -46,8 +46,8 @@ class TrainConfig:
     """Highest learning rate."""
     lr_floor: float = 0.1
     """Learning rate at the end, as a share of --lr."""
-    warmup: int = 715
-    """Steps of linear warm-up."""
+    warmup: int | None = None
+    """Steps of linear warm-up. None: 5% of --steps, at most 715 (375 million tokens, as GPT-3's)."""
     weight_decay: float = 0.1
     """On matrices and embeddings only."""
     beta1: float = 0.9
@@ -107,7 +107,7 @@ class TrainConfig:
 
 PRESETS = {
     "nano": TrainConfig(
-        model=SIZES["nano"], batch_size=8, seq_len=128, total_batch=1024, steps=340, lr=3e-3, warmup=20, run="nano",
+        model=SIZES["nano"], batch_size=8, seq_len=128, total_batch=1024, steps=340, lr=3e-3, run="nano",
         val_every=100, val_batches=8, sample_every=100, checkpoint_every=100, prompt="def",
     ),
     "gpt2": TrainConfig(model=SIZES["gpt2"], run="gpt2"),
@@ -149,8 +149,18 @@ def parse(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig, str]:
     return config, source
 
 
+def resolve(config: TrainConfig, memory: int | None) -> TrainConfig:
+    """Put a value where None stands for one that follows from others; `memory` is the device's, None for a CPU."""
+    return replace(
+        config,
+        batch_size=default_batch_size(config, memory) if config.batch_size is None else config.batch_size,
+        warmup=min(715, max(1, config.steps // 20)) if config.warmup is None else config.warmup,
+        ops=config.ops.with_backend(config.backend),
+    )
+
+
 def check(config: TrainConfig) -> None:
-    """UserError on settings that cannot work together. `batch_size` must be known by now."""
+    """UserError on settings that cannot work together. They must be resolved."""
     c = config
     positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "val_batches", "sample_tokens", "keep"]
     natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
@@ -160,6 +170,8 @@ def check(config: TrainConfig) -> None:
         value, least = getattr(c, name), "more than 0" if name in positive else "at least 0"
         if not (value > 0 if name in positive else value >= 0):  # written so that NaN fails
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {least}")
+    if c.run is not None and Path(c.run).name != c.run:
+        raise UserError(f"--run is {c.run!r}: it must be a plain name; --out chooses the folder of all runs")
     for name in ("beta1", "beta2"):
         if getattr(c, name) >= 1:
             raise UserError(f"--{name} is {getattr(c, name)}: it must be below 1")
@@ -233,7 +245,7 @@ def read_config(folder: Path) -> TrainConfig:
         return from_dict(json.loads(path.read_text())["config"])
     except FileNotFoundError:
         raise UserError(
-            f"{folder} holds no run ({path.name} is missing): name another with --run, or start one without --resume"
+            f"{folder} holds no run ({path.name} is missing): name another, or start one (python -m gpt2fast.train)"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None

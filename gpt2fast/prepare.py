@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"speed                {tokens / (time.perf_counter() - start):,.0f} tokens/s")
     if not val["tokens"]:
         print("note                 too little text for a validation split")
-    print(f"next                 python -m gpt2fast.train --data {c.out}")
+    print(f"next                 python -m gpt2fast.train --data {c.out} --run {c.out.name}")
 
 
 if __name__ == "__main__":

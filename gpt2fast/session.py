@@ -4,7 +4,7 @@ So whatever cannot work (data, device, memory, a checkpoint that does not fit) i
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,10 +63,8 @@ def prepare(c: TrainConfig) -> Session:
     """UserError on anything that would stop the run later."""
     device = pick_device(c.device)
     precision = pick_precision(c.precision, device)
-    if c.batch_size is None:
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        c = replace(c, batch_size=config.default_batch_size(c, memory))
-    c = replace(c, ops=c.ops.with_backend(c.backend))
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    c = config.resolve(c, memory)
     config.check(c)
     implementation = ops.build(c.ops, device.type)
     if c.tensorboard:

@@ -21,7 +21,13 @@ def test_a_preset_is_a_size_that_passes_its_own_checks(name):
     c = PRESETS[name]
     assert c.model == SIZES[name]
     assert c.folder == Path("out") / name
-    config.check(replace(c, batch_size=c.batch_size or config.default_batch_size(c, 80 * GIB)))
+    config.check(config.resolve(c, 80 * GIB))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(19073, 715), (340, 17), (10, 1), (1, 1)])
+def test_warm_up_follows_from_the_steps(steps, warmup):
+    assert config.resolve(TrainConfig(steps=steps), None).warmup == warmup
+    assert config.resolve(TrainConfig(steps=steps, warmup=0), None).warmup == 0
 
 
 def test_gpt2_takes_half_a_million_tokens_a_step():

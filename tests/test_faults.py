@@ -77,6 +77,7 @@ BAD = {
     "learning rate": (["--lr", "nan"], None, "--lr is nan: it must be more than 0"),
     "steps": (["--steps", "0"], None, "--steps is 0: it must be more than 0"),
     "warm-up": (["--warmup", "21"], None, "--warmup 21 is longer than the run of --steps 20"),
+    "run is a path": (["--run", "../x"], None, "--run is '../x': it must be a plain name"),
     "beta": (["--beta2", "1"], None, "--beta2 is 1.0: it must be below 1"),
     "heads": (["--model.n-head", "3"], None, "n_embd 16 is no multiple of n_head 3"),
     "tokenizer file": (["--sample-every", "5", "--tokenizer-file", "data/val.bin"], None, "is not GPT-2's vocab.bpe"),

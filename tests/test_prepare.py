@@ -208,7 +208,7 @@ def test_command_line(tmp_path, run_module):
     write(tmp_path / "mine.txt", TEXT)
     done = run_module("gpt2fast.prepare", "mine.txt", "--out", "data/mine", cwd=tmp_path)
     assert "unigram entropy" in done.stdout
-    assert "python -m gpt2fast.train --data data/mine" in done.stdout
+    assert "python -m gpt2fast.train --data data/mine --run mine" in done.stdout
     again = run_module("gpt2fast.prepare", "mine.txt", "--out", "data/mine", cwd=tmp_path, check=False)
     assert (again.returncode, again.stderr) == (
         2,

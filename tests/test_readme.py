@@ -11,7 +11,7 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (CHECKOUT / "README.md").read_text(
 COMMANDS = [line for block in BLOCKS[2:] for line in block.splitlines()]
 # What is added to keep a command short: of a flag that is given twice, the last counts.
 SHORT = {
-    "gpt2fast.train": "--steps 4 --warmup 1 --val-batches 1 --sample-tokens 3",
+    "gpt2fast.train": "--steps 4 --val-batches 1 --sample-tokens 3",
     "gpt2fast.train --resume": "--steps 6",
     "gpt2fast.train --help": "",
     "gpt2fast.sample": "--tokens 3",

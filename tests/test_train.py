@@ -194,6 +194,21 @@ def test_giving_up_inside_a_step_changes_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_fp16_scales_the_loss_and_skips_what_overflows():
+    model = GPT(tiny.MODEL, build(OpsConfig()))
+    step = TrainingStep(model, optim.adamw(model, 0.1), precision="fp16")
+    (batch,) = batches(1, 2)
+    losses = [step(iter([batch]), lr=1e-2)[0].item() for _ in range(30)]
+    assert losses[-1] < losses[0] - 2
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # no fp16 gradient survives that
+    before = model.wte.weight.clone()
+    loss, norm = step(iter([batch]), lr=1e-2)
+    assert loss.isfinite()
+    assert not norm.isfinite()
+    assert torch.equal(model.wte.weight, before)
+    assert step.scaler.get_scale() == 2.0**59
+
+
 def test_rehearsal_changes_nothing(tmp_path):
     c = tiny.config(tmp_path)
     fresh = GPT(c.model, build(OpsConfig()), c.seed).state_dict()
