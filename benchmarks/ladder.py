@@ -1,6 +1,7 @@
 """Training tokens/s, one rung at a time: `python -m benchmarks.ladder`.
 
-Each rung is the one before plus one thing: fp32, TF32, bf16 autocast, torch.compile, fused AdamW, then our kernels.
+Each rung is the one before plus one thing: fp32, allocator settings (a CPU only), TF32 (CUDA only), bf16 autocast,
+torch.compile, fused AdamW, then our kernels.
 All do the same work: the same initial weights and the same tokens (seeded random ids, since speed does not depend on
 the text), so their first losses must agree. Each runs in its own process, so that its peak memory is its own and a
 crash costs one row. A rung that cannot run here is a row that says why.
@@ -36,6 +37,7 @@ AGREE = 0.05  # nats: bf16 rounding moves an untrained model's loss by less than
 @dataclass(frozen=True)
 class Rung:
     name: str
+    allocator: bool = False
     precision: Precision = "fp32"
     tf32: bool = False
     compile: bool = False
@@ -44,12 +46,13 @@ class Rung:
 
 
 FP32 = Rung("fp32")
-TF32 = replace(FP32, name="tf32", tf32=True)
+ALLOCATOR = replace(FP32, name="allocator", allocator=True)
+TF32 = replace(ALLOCATOR, name="tf32", tf32=True)
 BF16 = replace(TF32, name="bf16", precision="bf16")
 COMPILE = replace(BF16, name="compile", compile=True)
 FUSED = replace(COMPILE, name="fused", fused=True)
 TRITON = replace(FUSED, name="triton", backend="triton")
-RUNGS = {rung.name: rung for rung in (FP32, TF32, BF16, COMPILE, FUSED, TRITON)}
+RUNGS = {rung.name: rung for rung in (FP32, ALLOCATOR, TF32, BF16, COMPILE, FUSED, TRITON)}
 
 
 def measure(
@@ -58,11 +61,13 @@ def measure(
     """Train on this rung and time each step. {"status": "skipped", "why"} if it makes no sense on this device."""
     if rung.name == "tf32" and device.type != "cuda":
         return {"status": "skipped", "why": f"{device.type} has no TF32"}
+    if rung.name == "allocator" and device.type != "cpu":
+        return {"status": "skipped", "why": f"what is computed on {device.type} does not use the C library's allocator"}
     try:
         ops = build(OpsConfig().with_backend(rung.backend), device.type)
     except UserError as error:
         return {"status": "skipped", "why": str(error)}
-    if device.type == "cpu":
+    if rung.allocator and device.type == "cpu":
         keep_freed_memory()
     config = replace(SIZES[size], block_size=max(T, SIZES[size].block_size))
     set_tf32(device, rung.tf32)
@@ -151,15 +156,15 @@ def describe(row: dict) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     """For people: speed-ups are over the first rung that ran."""
-    lines = [f"{'rung':<9}{'tokens/s':>11}{'p20':>11}{'p80':>11}{'ms':>9}{'x':>7}{'peak GB':>9}  MFU"]
+    lines = [f"{'rung':<10}{'tokens/s':>11}{'p20':>11}{'p80':>11}{'ms':>9}{'x':>7}{'peak GB':>9}  MFU"]
     base = next((row["tokens_per_s"]["median"] for row in rows if row["status"] == "ok"), None)
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"{row['rung']:<9}{describe(row)}")
+            lines.append(f"{row['rung']:<10}{describe(row)}")
             continue
         speed = row["tokens_per_s"]
         lines.append(
-            f"{row['rung']:<9}{speed['median']:>11,.0f}{speed['p20']:>11,.0f}{speed['p80']:>11,.0f}"
+            f"{row['rung']:<10}{speed['median']:>11,.0f}{speed['p20']:>11,.0f}{speed['p80']:>11,.0f}"
             f"{row['ms']['median']:>9,.1f}{speed['median'] / base:>7.2f}{row['peak_memory'] / 1e9:>9.2f}  "
             f"{share(row['mfu'])}" + ("" if row["agrees"] is not False else "  losses differ from the first rung's")
         )

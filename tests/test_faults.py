@@ -1,13 +1,6 @@
 """Bad input and bad luck: refused in one line before anything is written; what was saved stays good."""
 
-import json
 import os
-import random
-import resource
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +18,6 @@ from gpt2fast.ops import OpsConfig, build
 from gpt2fast.train import train
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -312,118 +304,6 @@ def test_out_of_memory_names_a_remedy(folder, monkeypatch):
     monkeypatch.setattr(GPT, "forward", forward)
     with pytest.raises(RunError, match="--batch-size 2 and --seq-len 16: take --batch-size 1"):
         train(tiny.config(folder))
-
-
-# ---- signals, kills, full disks: real processes ----
-
-
-def start(folder, *flags, **options):
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gpt2fast.train", *flags]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
-
-
-def wait_for_step(folder, step, process, seconds=120):
-    path = folder / "out" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
-
-
-LONG = [*tiny.FLAGS, "--steps", "100000", "--checkpoint-every", "0", "--val-every", "0"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_run_with_a_checkpoint(folder, number, code):
-    process = start(folder, *LONG)
-    wait_for_step(folder, 5, process)
-    process.send_signal(number)
-    began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 20
-    assert process.returncode == code, output
-    rows = [json.loads(line) for line in (folder / "out/tiny/metrics.jsonl").read_text().splitlines()]
-    (step, path), = checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")  # fmt: skip
-    assert step == rows[-1]["step"]
-    assert checkpoint.read_state(path)["step"] == step
-    assert "--resume" in output
-
-
-@pytest.mark.slow
-def test_a_step_that_takes_too_long_is_given_up_after_a_signal(folder):
-    """1024 micro-batches make a step of a minute or more: the checkpoint is of step 0, in time."""
-    tiny.write_data(folder / "data", n=40000)
-    process = start(folder, *LONG, "--total-batch", str(32 * 4096), "--model.block-size", "16")
-    while not (folder / "out/tiny/metrics.jsonl").exists():
-        time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[0]
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 20
-    assert process.returncode == 143, output
-    assert [step for step, _ in checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")] == [0]
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_leaves_the_last_checkpoint_good(folder, capsys):
-    """A process that saves after every step is killed at random moments, resumed each time, and ends up bit-equal."""
-    flags = [*tiny.FLAGS, "--steps", "400", "--checkpoint-every", "1", "--val-every", "0", "--keep", "1"]
-    moments = random.Random(0)
-    killed, target = 0, 3
-    while killed < 6:
-        process = start(folder, *flags, *(["--resume"] if killed else []))
-        wait_for_step(folder, target, process)
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        killed += 1
-        step, path = checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")[-1]
-        assert checkpoint.read_state(path)["step"] == step >= target - 1
-        target = step + 3
-    end = target + 5
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    program.main([*flags, "--resume", "--stop-at", str(end)])
-    program.main([*flags, "--run", "straight", "--stop-at", str(end), "--checkpoint-every", "0"])
-    torch.set_num_threads(threads)
-    paths = [checkpoint.list_checkpoints(folder / f"out/{run}/checkpoints")[-1][1] for run in ("tiny", "straight")]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert paths[0].joinpath(name).read_bytes() == paths[1].joinpath(name).read_bytes()
-    losses = [[json.loads(line)["loss"] for line in (folder / f"out/{run}/metrics.jsonl").read_text().splitlines()]
-              for run in ("tiny", "straight")]  # fmt: skip
-    assert losses[0] == losses[1]
-
-
-@pytest.mark.slow
-def test_a_full_disk_while_saving_keeps_the_last_checkpoint(folder):
-    first = start(folder, *tiny.FLAGS, "--stop-at", "4")
-    assert first.wait(timeout=120) == 0
-    model = next((folder / "out/tiny/checkpoints").iterdir()) / "model.safetensors"
-    limit = model.stat().st_size // 2
-
-    def fill_disk():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    second = start(folder, *tiny.FLAGS, "--resume", preexec_fn=fill_disk)
-    output, _ = second.communicate(timeout=120)
-    assert second.returncode == 1
-    line = output.strip().splitlines()[-1]
-    assert line.startswith("error: checkpoint ")
-    assert "could not be saved" in line
-    assert "step_00000004, which is whole" in line
-    assert [path.name for path in (folder / "out/tiny/checkpoints").iterdir()] == ["step_00000004"]
-    third = start(folder, *tiny.FLAGS, "--resume")
-    assert third.wait(timeout=120) == 0
 
 
 def test_a_shard_written_while_the_disk_is_full_is_refused_later(folder):
