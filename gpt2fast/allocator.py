@@ -1,8 +1,8 @@
 """glibc's allocator, told to keep the memory it has.
 
 By default every tensor above 32 MB is a fresh mapping that goes back to the kernel when it is freed, so that each
-step pays for clearing all of its pages again. That costs more than the arithmetic: nano trains 2.4 times as fast
-with this (1,900 against 4,700 tokens/s on two cores, torch 2.15).
+step pays for clearing all of its pages again. That costs as much as the arithmetic: nano trains 1.9 times as fast in
+fp32 with this, on two cores (benchmarks/NOTES.md).
 """
 
 import ctypes
