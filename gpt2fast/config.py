@@ -100,6 +100,11 @@ class TrainConfig:
         return self.out / (self.run or "run")
 
     @property
+    def implementations(self) -> OpsConfig:
+        """What --backend and --ops come to. Not stored as --ops, or a resumed run could not change its --backend."""
+        return self.ops.with_backend(self.backend)
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches in an optimizer step."""
         return self.total_batch // (self.batch_size * self.seq_len)
@@ -155,7 +160,6 @@ def resolve(config: TrainConfig, memory: int | None) -> TrainConfig:
         config,
         batch_size=default_batch_size(config, memory) if config.batch_size is None else config.batch_size,
         warmup=min(715, max(1, config.steps // 20)) if config.warmup is None else config.warmup,
-        ops=config.ops.with_backend(config.backend),
     )
 
 

@@ -89,8 +89,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[GPT, Path]:
         raise UserError(f"{folder} holds no checkpoint yet: let the run reach its first one")
     _, path = found[-1]
     checkpoint.read_state(path)
-    implementation = ops.build(settings.ops.with_backend(settings.backend), device.type)
-    model = GPT(settings.model, implementation)
+    model = GPT(settings.model, ops.build(settings.implementations, device.type))
     checkpoint.load_model(path, model)
     return model.to(device), path
 

@@ -28,7 +28,7 @@ def header(s: Session, source: str) -> str:
         "run": f"{c.folder}, {source}" + (f", from step {s.step}" if s.step else ""),
         "device": f"{device_name(s.device)} ({s.device})",
         "precision": ", ".join(precision),
-        "ops": _ops(vars(c.ops)),
+        "ops": _ops(vars(c.implementations)),
         "model": f"{m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, block {m.block_size}: {n:,} parameters",
         "tied head": f"one matrix for embedding and head saves {tied:,} parameters, {100 * tied / n:.0f}% of {n:,}",
         "data": f"{c.data} ({s.dataset.fingerprint}): {train:,} training tokens, {val:,} for validation",

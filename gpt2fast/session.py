@@ -50,6 +50,7 @@ class Session:
             "device_name": device_name(self.device),
             "precision": self.precision,
             "compile": self.compile,
+            "ops": vars(self.config.implementations),
             "parameters": parameter_count(self.model),
             "unigram_entropy": self.entropy,
             "data_fingerprint": self.dataset.fingerprint,
@@ -66,7 +67,7 @@ def prepare(c: TrainConfig) -> Session:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     c = config.resolve(c, memory)
     config.check(c)
-    implementation = ops.build(c.ops, device.type)
+    implementation = ops.build(c.implementations, device.type)
     if c.tensorboard:
         run.check_tensorboard()
     if not c.resume:

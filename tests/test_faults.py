@@ -190,6 +190,14 @@ def test_resuming_on_other_tokens_is_refused(folder, capsys):
         program.main(["--resume", "--run", "tiny"])
 
 
+@pytest.mark.parametrize("flags", [["--backend", "triton"], ["--ops.mlp", "triton"]], ids=["backend", "op"])
+def test_resuming_with_another_backend_uses_it(folder, capsys, monkeypatch, flags):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    program.main([*tiny.FLAGS, "--stop-at", "3"])
+    with pytest.raises(UserError, match="the triton backend needs a CUDA GPU"):
+        program.main(["--resume", "--run", "tiny", *flags])
+
+
 def test_resume_needs_no_other_flag(folder, capsys):
     program.main([*tiny.FLAGS, "--stop-at", "3"])
     assert program.main(["--resume", "--run", "tiny"]) == 0

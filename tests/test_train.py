@@ -63,7 +63,7 @@ def test_leaves_what_it_promises(tmp_path, capsys):
     assert [step for step, _ in checkpoint.list_checkpoints(c.folder / "checkpoints")] == [10, 20]
     stored = json.loads((c.folder / "config.json").read_text())
     assert stored["config"]["model"]["n_embd"] == 16
-    assert set(stored["config"]["ops"].values()) == {"torch"}
+    assert set(stored["resolved"]["ops"].values()) == {"torch"}
     assert stored["machine"]["torch"] == torch.__version__
     assert "commit" in stored["machine"]
     assert [row["step"] for row in metrics(c) if "loss" in row] == list(range(1, 21))
