@@ -129,6 +129,7 @@ def test_the_op_stands_in_torchs_namespace_and_is_called_like_the_function(devic
     x = LAYOUTS["contiguous"](device)
     assert silu_fwd is torch.ops.gpt2fast.toy_silu_fwd.default
     assert str(silu_bwd._schema) == "gpt2fast::toy_silu_bwd(Tensor x, Tensor do) -> Tensor"
+    assert torch.Tag.pt2_compliant_tag in silu_fwd.tags
     assert torch.equal(silu_fwd(x), silu_fwd(x=x))
 
 

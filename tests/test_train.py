@@ -197,6 +197,8 @@ def test_giving_up_inside_a_step_changes_nothing():
 def test_fp16_scales_the_loss_and_skips_what_overflows():
     model = GPT(tiny.MODEL, build(OpsConfig()))
     step = TrainingStep(model, optim.adamw(model, 0.1), precision="fp16")
+    assert step.scaler.is_enabled()
+    assert not TrainingStep(model, step.optimizer, precision="bf16").scaler.is_enabled()
     (batch,) = batches(1, 2)
     losses = [step(iter([batch]), lr=1e-2)[0].item() for _ in range(30)]
     assert losses[-1] < losses[0] - 2
