@@ -12,3 +12,15 @@ from pathlib import Path
 _here = Path(__file__).resolve().parent
 _folders = (_here / "kernels", _here.parent / "kernels")  # installed, checkout
 __path__ = [str(folder) for folder in _folders if (folder / "registration.py").is_file()][:1]
+
+# after __path__, by which these are found
+from gpt2fast.kernels.attention import attention, flash_attention  # noqa: E402
+from gpt2fast.kernels.cross_entropy import cross_entropy, linear_cross_entropy  # noqa: E402
+from gpt2fast.kernels.gelu import bias_gelu, gelu  # noqa: E402
+from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm  # noqa: E402
+from gpt2fast.kernels.mlp import linear, mlp  # noqa: E402
+
+__all__ = [
+    "add_layer_norm", "attention", "bias_gelu", "cross_entropy", "flash_attention", "gelu", "layer_norm", "linear",
+    "linear_cross_entropy", "mlp",
+]  # fmt: skip

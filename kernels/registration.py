@@ -1,4 +1,4 @@
-"""The one way an op of this folder is registered with torch.
+"""The one way an op of this folder is registered with torch, and what every public function asks of its arguments.
 
 `op` registers a function as the opaque op `gpt2fast::<name>`: torch.compile calls it without looking inside, and
 learns shapes, dtypes and strides from `fake`. Autograd stays outside, in a `torch.autograd.Function` that calls the
@@ -7,26 +7,127 @@ torch.compile(fullgraph=True), opcheck and autocast also when Triton is interpre
 body is its own fake, and interpreted kernels touch data); it costs 26 us of host time forward and backward, where
 `custom_op` with `register_autograd` costs 41.
 
-Rules for a registered function: it allocates its results and mutates no argument; it returns no input and no view
-of one; what backward needs is among its results. `fake` allocates with `new_empty(shape)`, never `empty_like`, which
-would copy the strides of an input that the kernel does not copy.
+Rules for a registered function: it allocates its results and mutates no argument that it does not name in `mutates`;
+it returns no input and no view of one; what backward needs is among its results. `fake` allocates with
+`new_empty(shape)`, never `empty_like`, which would copy the strides of an input that the kernel does not copy.
+Backward methods are `once_differentiable`: a second derivative is refused by torch, not silently zero.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpt2fast.kernels.launch import INTERPRETED
 
 NAMESPACE = "gpt2fast"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def op(name: str, *, fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
+def op(name: str, *, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
     """Decorator. The function's annotations give the schema; the result is the op, to be called like the function."""
 
     def register(fn: Callable) -> torch._ops.OpOverload:
-        _library.define(name + torch.library.infer_schema(fn, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, fn, "CompositeExplicitAutograd")  # one body for every device: Triton knows which
+        schema = torch.library.infer_schema(fn, mutates_args=mutates)
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # one body for every device: Triton knows which
+        _library.impl(name, _interpreted(fn) if INTERPRETED else _on_its_device(fn), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
+
+
+def _on_its_device(fn: Callable) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(fn)
+    def call(*args):
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with torch.get_device_module(device).device(device) if device.index else contextlib.nullcontext():
+            return fn(*args)
+
+    return call
+
+
+def _interpreted(fn: Callable) -> Callable:
+    """Triton's interpreter takes the bits of bf16 for integers: an error here instead of numbers that are none."""
+
+    @functools.wraps(fn)
+    def call(*args):
+        half = any(isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 for arg in args) or torch.bfloat16 in args
+        if half and not _interpreter_knows_bf16():
+            raise TypeError(
+                "Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float32 (--precision fp32)"
+            )
+        return fn(*args)
+
+    return call
+
+
+@triton.jit
+def _square_kernel(x_ptr, o_ptr):
+    x = tl.load(x_ptr + tl.arange(0, 16))
+    tl.store(o_ptr + tl.arange(0, 16), x * x)
+
+
+def _interpreter_knows_bf16() -> bool:
+    """Asked anew each time, until the answer is yes: the tests repair the interpreter, and Triton may one day."""
+    global _bf16_is_right
+    if not _bf16_is_right:
+        x = torch.full((16,), 1.5, dtype=torch.bfloat16)
+        o = torch.zeros_like(x)
+        _square_kernel[(1,)](x, o)
+        _bf16_is_right = bool((o == 2.25).all())
+    return _bf16_is_right
+
+
+_bf16_is_right = False
+
+
+def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """Autocast's dtype where autocast is on, else `dtype` or that of x. Autocast does not reach custom ops itself."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype or x.dtype
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where autocast is on; elsewhere untouched, so that a mix of dtypes is still seen."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def check_tensors(op: str, same_dtype: bool = False, **tensors: Tensor) -> None:
+    """All on one device on which Triton runs, and of a dtype that the kernels know; the first one sets the dtype."""
+    (first, x), *others = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}: it must be float32, bfloat16 or float16")
+    for name, tensor in others:
+        check_device(op, first, x, name, tensor)
+        if same_dtype and tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {first} is {x.dtype} and {name} is {tensor.dtype}: convert one of them")
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"{op}: {first} is on the CPU, where Triton has no compiler: move it to a GPU, use gpt2fast.reference, "
+            "or set TRITON_INTERPRET=1 before the start"
+        )
+
+
+def check_device(op: str, first: str, x: Tensor, name: str, tensor: Tensor) -> None:
+    """ValueError unless both are on one device."""
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {first} is on {x.device} and {name} on {tensor.device}: move one of them")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless `tensor` has that shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}: it must be {tuple(shape)}")

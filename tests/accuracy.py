@@ -7,11 +7,20 @@ The floors, in units of eps times the largest and the root mean square of `truth
 arithmetic happens to hit nearly exactly.
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 RMS_FACTOR = 1.5
 FLOORS = {torch.float32: (4.0, 2.0), torch.bfloat16: (0.5, 0.05), torch.float16: (0.5, 0.05)}  # of max, of rms
+
+
+class Results(NamedTuple):
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+    cotangents: list[Tensor]
 
 
 def assert_as_accurate(got: Tensor, truth: Tensor, base: Tensor, *, factor: float = 2.0, name: str = "result") -> None:
@@ -45,3 +54,50 @@ def _max(x: Tensor) -> float:
 
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
+
+
+def outputs_and_gradients(
+    fn: Callable, inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None
+) -> Results:
+    """What fn(*inputs) returns, and the gradient of every input, of sum(output * cotangent).
+
+    Cotangents that are not given are drawn, in the outputs' dtypes, and the same for the same shapes.
+    """
+    leaves = [x.detach().requires_grad_() for x in inputs]  # strides are kept
+    outputs = fn(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if cotangents is None:
+        generator = torch.Generator().manual_seed(len(inputs))
+        cotangents = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    return Results([o.detach() for o in outputs], list(gradients), list(cotangents))
+
+
+def assert_kernel_is_as_accurate(
+    kernel: Callable,
+    reference: Callable,
+    inputs: Sequence[Tensor],
+    *,
+    base: Callable | None = None,
+    cotangents: Sequence[Tensor] | None = None,
+    gradient_factor: float = 2.0,
+) -> None:
+    """The rule above for each output and each gradient of `kernel`; inputs must come out of it unchanged.
+
+    Truth: `reference` in float64. Base: `reference` in fp32 on the same inputs, each result rounded once, or what
+    base(inputs, cotangents) returns, a Results at the inputs' dtype, where honest arithmetic has to round more often.
+    """
+    before = [x.clone() for x in inputs]
+    got = outputs_and_gradients(kernel, inputs, cotangents)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before)), "the kernel wrote to its inputs"
+    doubles, singles = ([x.to(dtype) for x in inputs] for dtype in (torch.float64, torch.float32))
+    truth = outputs_and_gradients(reference, doubles, [c.double() for c in got.cotangents])
+    if base:
+        honest = base(inputs, got.cotangents)
+    else:
+        honest = outputs_and_gradients(reference, singles, [c.float() for c in got.cotangents])
+    for kind, factor in (("outputs", 2.0), ("gradients", gradient_factor)):
+        for i, (g, t, b) in enumerate(zip(*(getattr(results, kind) for results in (got, truth, honest)), strict=True)):
+            if kind == "gradients":
+                assert g.dtype == inputs[i].dtype
+            assert_as_accurate(g, t, b.to(g.dtype), factor=factor, name=f"{kind[:-1]} {i}")

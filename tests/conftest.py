@@ -15,6 +15,9 @@ THREADS = 2  # fixed, since sums over 1 and over 2 threads differ in their last 
 torch.set_num_threads(THREADS)
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch has not done yet
+    import interpreter
+
+    interpreter.repair()
 
 
 def pytest_runtest_setup(item):

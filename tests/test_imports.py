@@ -20,7 +20,7 @@ ARROWS = {
     "errors": "",
     "files": "",
     "flops": "model",
-    "kernels": "",
+    "kernels": "kernels",  # its own files
     "machine": "device",
     "model": "errors ops",
     "ops": "errors kernels reference",
@@ -40,7 +40,14 @@ ARROWS = {
 
 KERNELS = {
     # file of kernels/: files of kernels/ that it imports
-    "registration": "",
+    "attention": "attention_tiles launch registration",
+    "attention_tiles": "",
+    "cross_entropy": "launch registration",
+    "gelu": "launch registration",
+    "launch": "",
+    "layer_norm": "launch registration",
+    "mlp": "gelu",
+    "registration": "launch",
 }
 
 PROGRAMS = {"prepare", "sample", "screen", "session", "train"}  # nothing but a program imports one of these
@@ -104,7 +111,7 @@ def test_kernels_import_torch_triton_and_each_other(module):
 
 
 def test_no_arrow_leads_back():
-    TopologicalSorter({module: arrows.split() for module, arrows in ARROWS.items()}).prepare()
+    TopologicalSorter({module: set(arrows.split()) - {module} for module, arrows in ARROWS.items()}).prepare()
     TopologicalSorter({module: arrows.split() for module, arrows in KERNELS.items()}).prepare()
 
 
@@ -120,7 +127,7 @@ def test_nothing_imports_tests_and_only_benchmarks_import_benchmarks(folder):
 
 
 def test_ops_alone_chooses_kernels_and_inside_a_function():
-    assert [module for module, arrows in ARROWS.items() if "kernels" in arrows.split()] == ["ops"]
+    assert [module for module, arrows in ARROWS.items() if "kernels" in arrows.split()] == ["kernels", "ops"]
     places = [
         getattr(statement, "name", "at the top")
         for statement in parse("gpt2fast", "ops").body

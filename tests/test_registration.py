@@ -6,9 +6,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from accuracy import assert_as_accurate
-from gpt2fast.kernels.registration import op
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gpt2fast.kernels.registration import op
 
 BLOCK = 64
 

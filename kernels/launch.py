@@ -1,0 +1,115 @@
+"""Block sizes, warps and stages of every kernel: pure functions of shape, dtype and device capability.
+
+What is interpreted gets the tiles of sm_90, so that tests without a GPU walk the same ones; only where a kernel is
+elementwise does it get larger blocks, since the interpreter's cost is per operation and program. Held by
+`benchmarks.aot`, which compiles every launch at GPT-2's shapes for sm_80 to sm_120: no spills, shared memory within
+the card's limit.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton.jit looks at it when it decorates, so once
+INTERPRETER = (9, 0)  # whose tiles the interpreter walks
+WARP = 32
+HEAD_BYTES = 2**30  # of logits at a time: enough rows to fill the GPU many times over, a sixth of B=64, T=1024
+
+
+class Tiles(NamedTuple):
+    """Of attention: rows of queries, rows of keys, warps, stages of the software pipeline."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class Rows(NamedTuple):
+    """Of kernels over the rows of a matrix: rows and columns of a tile, warps."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """(9, 0) for sm_90."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return torch.get_device_module(device).get_device_capability(device)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; few for the interpreter, so that a persistent program has more than one turn."""
+    if device.type == "cpu":
+        return 2
+    return torch.get_device_module(device).get_device_properties(device).multi_processor_count
+
+
+def elementwise() -> int:
+    """Elements of a program: 8 a thread, 16 bytes of a half type, at 4 warps."""
+    return 2**16 if INTERPRETED else 1024
+
+
+def bias_rows() -> Rows:
+    """Columns divide 4 C of every GPT-2, 6400 of XL among them."""
+    return Rows(256, 256, 4) if INTERPRETED else Rows(8, 256, 4)
+
+
+def layer_norm_rows(N: int, backward: bool) -> Rows:
+    """A whole row in a tile, 16 elements a thread; fewer rows backward, where five arrays of them are alive."""
+    block_n = triton.next_power_of_2(N)
+    block_m = max(1, (2048 if backward else 4096) // block_n)
+    return Rows(block_m, block_n, min(32, max(1, block_m * block_n // (WARP * 16))))
+
+
+def persistent(tiles: int, device: torch.device, per_processor: int = 4) -> int:
+    """Programs of a persistent grid: enough to fill the device, and never more than there are tiles."""
+    return max(1, min(tiles, per_processor * processors(device)))
+
+
+def cross_entropy_block(V: int) -> tuple[int, int]:
+    """Logits of a row at a time, and warps. 32 warps: at most two programs fit on a processor, so the rows in work
+    (2 x 132 x 100 kB on an H200) stay in L2 (50 MB) until they are read again."""
+    block = min(8192, triton.next_power_of_2(V))
+    return block, max(1, min(32, block // 256))
+
+
+def head_rows(N: int, V: int, itemsize: int, budget: int = HEAD_BYTES) -> int:
+    """Rows of x in a chunk of the head: equal chunks, as few as keep a chunk's logits within `budget` bytes."""
+    chunks = max(1, -(-N * V * itemsize // budget))
+    rows = -(-N // chunks)
+    return max(1, min(N, -(-rows // 128) * 128))  # whole tiles of the matmul
+
+
+def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Eight warps: with four, 128 x 64 scores spill on sm_80 and sm_120."""
+    if dtype == torch.float32:
+        return Tiles(64, 32, 8, 2) if D <= 64 else Tiles(32, 16, 8, 1)
+    if D <= 64:
+        return {9: Tiles(128, 128, 8, 3), 10: Tiles(128, 128, 8, 2)}.get(capability[0], Tiles(128, 64, 8, 2))
+    return Tiles(128, 64, 8, 2) if D <= 128 else Tiles(64, 32, 8, 1)
+
+
+def attention_dkdv(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Programs own BLOCK_N keys and walk the queries."""
+    if dtype == torch.float32:
+        return Tiles(32, 32, 8, 1) if D <= 64 else Tiles(16, 16, 8, 1)
+    if D <= 64:
+        return Tiles(64 if capability[0] in (9, 10) else 32, 128, 8, 2)  # without wgmma, 64 x 128 spill
+    return Tiles(64, 64, 8, 1) if D <= 128 else Tiles(32, 32, 8, 1)
+
+
+def attention_dq(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Programs own BLOCK_M queries and walk the keys."""
+    if dtype == torch.float32:
+        return Tiles(32, 32, 8, 1) if D <= 64 else Tiles(16, 16, 8, 1)
+    if D <= 64:
+        return Tiles(128, 64, 8, 2)
+    return Tiles(64, 32, 8, 1) if D <= 128 else Tiles(32, 32, 8, 1)

@@ -1,0 +1,30 @@
+"""What kernels are fed: dtypes, values beyond unit normals, layouts beyond contiguous. Seeded by shape."""
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+VALUES = {
+    "normal": lambda x: x,
+    "offset": lambda x: x + 100,  # statistics must not cancel
+    "tiny": lambda x: 1e-3 + 1e-4 * x,  # variance below eps
+    "equal": lambda x: torch.full_like(x, 3.7),  # variance 0
+    "one-hot": lambda x: torch.zeros_like(x).index_fill_(-1, torch.tensor([x.shape[-1] // 2]), 50.0),
+    "extreme": lambda x: x.clamp(-1, 1) * 6e4,  # next to fp16's 65504
+}
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "offset by one": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),  # not aligned to 16 bytes
+}
+
+
+def normal(
+    *shape: int, dtype: torch.dtype = torch.float32, device="cpu", seed: int = 0, values: str = "normal"
+) -> Tensor:
+    """VALUES of standard normals, which are drawn on the CPU: the same on every device."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (VALUES[values](x) if x.numel() else x).to(device, dtype)
