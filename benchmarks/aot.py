@@ -22,8 +22,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import torch
@@ -55,7 +56,64 @@ class Case:
     tensor_cores: tuple[str, ...] = ()
 
 
-CASES: dict[str, Case] = {}
+def _file(name: str) -> ModuleType:
+    """Of kernels/. Not by `import`: the package's attributes of these names are functions."""
+    return importlib.import_module(f"gpt2fast.kernels.{name}")
+
+
+def _attention(C: int, H: int, dtype: torch.dtype) -> None:
+    qkv, o, lse = torch.empty(B, T, 3 * C, dtype=dtype), torch.empty(B, T, C, dtype=dtype), torch.empty(B, H, T)
+    _file("attention").attention_fwd(qkv, H, 0.125)
+    _file("attention").attention_bwd(o, qkv, o, lse, H, 0.125)
+
+
+def _layer_norm(C: int, stream: torch.dtype) -> None:
+    """As under bf16 autocast: the stream in its own dtype, branches in bf16, weights in fp32."""
+    ln = _file("layer_norm")
+    x, y, w = torch.empty(B * T, C, dtype=stream), torch.empty(B * T, C, dtype=torch.bfloat16), torch.empty(C)
+    mean = torch.empty(B * T)
+    ln.layer_norm_fwd(x, w, w, 1e-5, torch.bfloat16)
+    ln.layer_norm_bwd(y, x, w, mean, mean)
+    ln.add_layer_norm_fwd(x, y, w, w, 1e-5, torch.bfloat16)
+    ln.add_layer_norm_bwd(x, y, x, w, mean, mean, torch.bfloat16)
+
+
+def _gelu(C: int) -> None:
+    gelu, x, b = (
+        _file("gelu"),
+        torch.empty(B * T, 4 * C, dtype=torch.bfloat16),
+        torch.empty(4 * C, dtype=torch.bfloat16),
+    )
+    gelu.gelu_fwd(x)
+    gelu.gelu_bwd(x, x)
+    gelu.bias_gelu_fwd(x, b)
+    gelu.bias_gelu_bwd(x, x, b)
+
+
+def _cross_entropy() -> None:
+    ce, x, targets = (
+        _file("cross_entropy"),
+        torch.empty(9472, V, dtype=torch.bfloat16),
+        torch.zeros(9472, dtype=torch.long),
+    )
+    ce.cross_entropy_fwd(x, targets, 50257, -100)
+    ce.cross_entropy_fwd_grad_(x, targets, 50257, -100)
+    ce.scale_(x, torch.empty(()))
+
+
+B, T, V = 64, 1024, 50304
+WIDTHS = {"124M": (768, 12), "355M": (1024, 16), "774M": (1280, 20), "1.5B": (1600, 25)}  # C, H
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CASES = {"124M attention bf16": Case(partial(_attention, 768, 12, torch.bfloat16), ("attention",))}
+CASES |= {"1.5B attention bf16": Case(partial(_attention, 1600, 25, torch.bfloat16), ("attention",))}
+CASES |= {"124M attention fp32": Case(partial(_attention, 768, 12, torch.float32))}  # exact: no tensor cores
+CASES |= {
+    f"{size} layer norm, {name} stream": Case(partial(_layer_norm, WIDTHS[size][0], DTYPES[name]))
+    for size in WIDTHS
+    for name in DTYPES
+}
+CASES |= {f"{size} gelu": Case(partial(_gelu, WIDTHS[size][0])) for size in ("124M", "1.5B")}
+CASES |= {"124M cross-entropy": Case(_cross_entropy)}
 
 
 @dataclass(frozen=True)

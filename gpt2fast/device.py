@@ -37,8 +37,15 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> Precision:
-    """ "auto": bf16 where the matrix units do it, fp16 on a CUDA GPU that lacks it, else fp32."""
+def pick_precision(name: str, device: torch.device, interpreted: bool = False) -> Precision:
+    """ "auto": bf16 where the matrix units do it, fp16 on a CUDA GPU that lacks it, else fp32.
+
+    `interpreted`: some kernels run in Triton's interpreter, which computes bf16 wrongly.
+    """
+    if interpreted and name == "bf16":
+        raise UserError("Triton's interpreter (TRITON_INTERPRET=1) computes bf16 wrongly: use --precision fp32")
+    if interpreted and name == "auto":
+        return "fp32"
     if name != "auto":
         if name == "bf16" and device.type == "cuda" and not _cuda_has_bf16(device):
             raise UserError(f"{device_name(device)} has no bf16 units: use --precision fp16 or fp32")

@@ -19,8 +19,9 @@ from gpt2fast.kernels.cross_entropy import cross_entropy, linear_cross_entropy  
 from gpt2fast.kernels.gelu import bias_gelu, gelu  # noqa: E402
 from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm  # noqa: E402
 from gpt2fast.kernels.mlp import linear, mlp  # noqa: E402
+from gpt2fast.kernels.registration import interpreter_fault  # noqa: E402
 
 __all__ = [
-    "add_layer_norm", "attention", "bias_gelu", "cross_entropy", "flash_attention", "gelu", "layer_norm", "linear",
-    "linear_cross_entropy", "mlp",
+    "add_layer_norm", "attention", "bias_gelu", "cross_entropy", "flash_attention", "gelu", "interpreter_fault",
+    "layer_norm", "linear", "linear_cross_entropy", "mlp",
 ]  # fmt: skip

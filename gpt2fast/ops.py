@@ -84,10 +84,21 @@ def _implementation(name: str, device: str) -> ModuleType:
         raise UserError(
             "the triton backend needs the package triton (pip install triton, on Linux): or use --backend torch"
         )
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted and (torch.device(device).type != "cuda" or torch.version.hip is not None):
+    if not _interpreting() and (torch.device(device).type != "cuda" or torch.version.hip is not None):
         raise UserError(
             f"the triton backend needs a CUDA GPU, and this run is on {device}: use --backend torch, "
             "or set TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"
         )
-    return import_module("gpt2fast.kernels")
+    kernels = import_module("gpt2fast.kernels")
+    if fault := kernels.interpreter_fault():
+        raise UserError(fault)
+    return kernels
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted(config: OpsConfig) -> bool:
+    """Whether some op of `config` runs in Triton's interpreter, which computes bf16 wrongly."""
+    return _interpreting() and "triton" in asdict(config).values()

@@ -63,7 +63,7 @@ class Session:
 def prepare(c: TrainConfig) -> Session:
     """UserError on anything that would stop the run later."""
     device = pick_device(c.device)
-    precision = pick_precision(c.precision, device)
+    precision = pick_precision(c.precision, device, ops.interpreted(c.implementations))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     c = config.resolve(c, memory)
     config.check(c)

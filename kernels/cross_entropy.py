@@ -80,7 +80,7 @@ def _scale_kernel(x_ptr, factor_ptr, n, PROGRAMS, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, PROGRAMS * BLOCK):
-            offs = start + tl.arange(0, BLOCK)
+            offs = start + tl.arange(0, BLOCK).to(tl.int64)
             x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
             tl.store(x_ptr + offs, x * factor, mask=offs < n)
 

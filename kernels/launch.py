@@ -1,7 +1,7 @@
 """Block sizes, warps and stages of every kernel: pure functions of shape, dtype and device capability.
 
-What is interpreted gets the tiles of sm_90, so that tests without a GPU walk the same ones; only where a kernel is
-elementwise does it get larger blocks, since the interpreter's cost is per operation and program. Held by
+What is interpreted gets the half types' tiles of sm_90, so that tests without a GPU walk the same ones; but where a
+kernel is elementwise, or walks a row, it gets larger blocks, since the interpreter's cost is per operation. Held by
 `benchmarks.aot`, which compiles every launch at GPT-2's shapes for sm_80 to sm_120: no spills, shared memory within
 the card's limit.
 """
@@ -77,7 +77,7 @@ def persistent(tiles: int, device: torch.device, per_processor: int = 4) -> int:
 def cross_entropy_block(V: int) -> tuple[int, int]:
     """Logits of a row at a time, and warps. 32 warps: at most two programs fit on a processor, so the rows in work
     (2 x 132 x 100 kB on an H200) stay in L2 (50 MB) until they are read again."""
-    block = min(8192, triton.next_power_of_2(V))
+    block = min(2**16 if INTERPRETED else 8192, triton.next_power_of_2(V))
     return block, max(1, min(32, block // 256))
 
 
@@ -90,7 +90,7 @@ def head_rows(N: int, V: int, itemsize: int, budget: int = HEAD_BYTES) -> int:
 
 def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Eight warps: with four, 128 x 64 scores spill on sm_80 and sm_120."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not INTERPRETED:
         return Tiles(64, 32, 8, 2) if D <= 64 else Tiles(32, 16, 8, 1)
     if D <= 64:
         return {9: Tiles(128, 128, 8, 3), 10: Tiles(128, 128, 8, 2)}.get(capability[0], Tiles(128, 64, 8, 2))
@@ -99,7 +99,7 @@ def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -
 
 def attention_dkdv(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Programs own BLOCK_N keys and walk the queries."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not INTERPRETED:
         return Tiles(32, 32, 8, 1) if D <= 64 else Tiles(16, 16, 8, 1)
     if D <= 64:
         return Tiles(64 if capability[0] in (9, 10) else 32, 128, 8, 2)  # without wgmma, 64 x 128 spill
@@ -108,7 +108,7 @@ def attention_dkdv(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> T
 
 def attention_dq(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Programs own BLOCK_M queries and walk the keys."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not INTERPRETED:
         return Tiles(32, 32, 8, 1) if D <= 64 else Tiles(16, 16, 8, 1)
     if D <= 64:
         return Tiles(128, 64, 8, 2)

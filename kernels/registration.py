@@ -76,6 +76,26 @@ def _square_kernel(x_ptr, o_ptr):
     tl.store(o_ptr + tl.arange(0, 16), x * x)
 
 
+@triton.jit
+def _loop_kernel(n_ptr, o_ptr):
+    for i in range(tl.load(n_ptr)):
+        tl.store(o_ptr, i)
+
+
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter, if it is on, cannot run these kernels at all; None if it can."""
+    n = torch.ones((), dtype=torch.int32)
+    try:
+        if INTERPRETED:
+            _loop_kernel[(1,)](n, torch.zeros_like(n))
+    except Exception:
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with the numpy that is installed: "
+            "pip install 'numpy<2.4', or use --backend torch"
+        )
+    return None
+
+
 def _interpreter_knows_bf16() -> bool:
     """Asked anew each time, until the answer is yes: the tests repair the interpreter, and Triton may one day."""
     global _bf16_is_right

@@ -111,6 +111,16 @@ def test_precision_on_cuda(monkeypatch, capability, precision):
             device.pick_precision("bf16", cuda)
 
 
+def test_what_is_interpreted_runs_in_fp32():
+    cpu = torch.device("cpu")
+    assert device.pick_precision("auto", cpu, interpreted=True) == "fp32"
+    assert device.pick_precision("fp32", cpu, interpreted=True) == "fp32"
+    with pytest.raises(
+        UserError, match=r"interpreter \(TRITON_INTERPRET=1\) computes bf16 wrongly: use --precision fp32"
+    ):
+        device.pick_precision("bf16", cpu, interpreted=True)
+
+
 def test_flops_are_those_of_the_literature():
     gpt2 = SIZES["gpt2"]
     assert flops.parameters(gpt2) == 124_439_808

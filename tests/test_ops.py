@@ -17,6 +17,7 @@ def kernels(monkeypatch) -> ModuleType:
     module = ModuleType("gpt2fast.kernels")
     for name in NAMES:
         setattr(module, name, lambda *args: args)
+    module.interpreter_fault = lambda: None
     monkeypatch.setitem(sys.modules, "gpt2fast.kernels", module)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return module
@@ -76,6 +77,20 @@ def test_triton_that_is_not_installed_is_refused(kernels, monkeypatch):
     with pytest.raises(UserError, match=r"needs the package triton \(pip install triton.*--backend torch"):
         build(OpsConfig(linear="triton"))
     assert build(OpsConfig()).linear is reference.linear
+
+
+def test_an_interpreter_that_cannot_run_them_is_refused(kernels):
+    kernels.interpreter_fault = lambda: "it is broken: mend it"
+    with pytest.raises(UserError, match="it is broken: mend it"):
+        build(OpsConfig(linear="triton"))
+
+
+def test_only_triton_ops_are_interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.interpreted(OpsConfig(mlp="triton").with_backend("torch"))
+    assert not ops.interpreted(OpsConfig().with_backend("torch"))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not ops.interpreted(OpsConfig().with_backend("triton"))
 
 
 def test_an_unknown_implementation_is_refused():
