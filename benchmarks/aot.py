@@ -9,7 +9,6 @@ real launch settings, specialised by Triton's own rules. What this cannot tell: 
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -36,6 +35,11 @@ from triton.runtime.jit import JITFunction
 from benchmarks import harness
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.files import write_atomic
+from gpt2fast.kernels import launch, registration
+from gpt2fast.kernels.attention import attention_bwd, attention_fwd
+from gpt2fast.kernels.cross_entropy import cross_entropy_fwd, cross_entropy_fwd_grad_, scale_
+from gpt2fast.kernels.gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_bwd, gelu_fwd
+from gpt2fast.kernels.layer_norm import add_layer_norm_bwd, add_layer_norm_fwd, layer_norm_bwd, layer_norm_fwd
 
 MAX_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block
 PROCESSORS = 128  # about what such cards have
@@ -56,49 +60,36 @@ class Case:
     tensor_cores: tuple[str, ...] = ()
 
 
-def _file(name: str) -> ModuleType:
-    """Of kernels/. Not by `import`: the package's attributes of these names are functions."""
-    return importlib.import_module(f"gpt2fast.kernels.{name}")
-
-
 def _attention(C: int, H: int, dtype: torch.dtype) -> None:
     qkv, o, lse = torch.empty(B, T, 3 * C, dtype=dtype), torch.empty(B, T, C, dtype=dtype), torch.empty(B, H, T)
-    _file("attention").attention_fwd(qkv, H, 0.125)
-    _file("attention").attention_bwd(o, qkv, o, lse, H, 0.125)
+    attention_fwd(qkv, H, 0.125)
+    attention_bwd(o, qkv, o, lse, H, 0.125)
 
 
 def _layer_norm(C: int, stream: torch.dtype) -> None:
     """As under bf16 autocast: the stream in its own dtype, branches in bf16, weights in fp32."""
-    ln = _file("layer_norm")
     x, y, w = torch.empty(B * T, C, dtype=stream), torch.empty(B * T, C, dtype=torch.bfloat16), torch.empty(C)
     mean = torch.empty(B * T)
-    ln.layer_norm_fwd(x, w, w, 1e-5, torch.bfloat16)
-    ln.layer_norm_bwd(y, x, w, mean, mean)
-    ln.add_layer_norm_fwd(x, y, w, w, 1e-5, torch.bfloat16)
-    ln.add_layer_norm_bwd(x, y, x, w, mean, mean, torch.bfloat16)
+    layer_norm_fwd(x, w, w, 1e-5, torch.bfloat16)
+    layer_norm_bwd(y, x, w, mean, mean)
+    add_layer_norm_fwd(x, y, w, w, 1e-5, torch.bfloat16)
+    add_layer_norm_bwd(x, y, x, w, mean, mean, torch.bfloat16)
 
 
 def _gelu(C: int) -> None:
-    gelu, x, b = (
-        _file("gelu"),
-        torch.empty(B * T, 4 * C, dtype=torch.bfloat16),
-        torch.empty(4 * C, dtype=torch.bfloat16),
-    )
-    gelu.gelu_fwd(x)
-    gelu.gelu_bwd(x, x)
-    gelu.bias_gelu_fwd(x, b)
-    gelu.bias_gelu_bwd(x, x, b)
+    x, b = torch.empty(B * T, 4 * C, dtype=torch.bfloat16), torch.empty(4 * C, dtype=torch.bfloat16)
+    gelu_fwd(x)
+    gelu_bwd(x, x)
+    bias_gelu_fwd(x, b)
+    bias_gelu_bwd(x, x, b)
 
 
 def _cross_entropy() -> None:
-    ce, x, targets = (
-        _file("cross_entropy"),
-        torch.empty(9472, V, dtype=torch.bfloat16),
-        torch.zeros(9472, dtype=torch.long),
-    )
-    ce.cross_entropy_fwd(x, targets, 50257, -100)
-    ce.cross_entropy_fwd_grad_(x, targets, 50257, -100)
-    ce.scale_(x, torch.empty(()))
+    """A chunk of the head."""
+    x, targets = torch.empty(9472, V, dtype=torch.bfloat16), torch.zeros(9472, dtype=torch.long)
+    cross_entropy_fwd(x, targets, 50257, -100)
+    cross_entropy_fwd_grad_(x, targets, 50257, -100)
+    scale_(x, torch.empty(()))
 
 
 B, T, V = 64, 1024, 50304
@@ -157,12 +148,9 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
 def gpu_instead(arch: int) -> Iterator[tuple[object, str, object]]:
     """What to replace, and by what, so that CPU tensors are accepted and get a GPU's launch settings."""
     yield torch, "mm", lambda a, b, out=None, **_: a.new_empty(len(a), b.shape[1]) if out is None else out
-    with contextlib.suppress(ModuleNotFoundError):
-        registration = importlib.import_module("gpt2fast.kernels.registration")
-        launch = importlib.import_module("gpt2fast.kernels.launch")
-        yield registration, "INTERPRETED", True  # who is interpreted may have CPU tensors
-        yield launch, "capability", lambda device: divmod(arch, 10)
-        yield launch, "processors", lambda device: PROCESSORS
+    yield registration, "INTERPRETED", True  # who is interpreted may have CPU tensors
+    yield launch, "capability", lambda device: divmod(arch, 10)
+    yield launch, "processors", lambda device: PROCESSORS
 
 
 def inspect(compiled: Compiled, arch: int) -> dict:

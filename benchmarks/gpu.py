@@ -1,9 +1,12 @@
 """Everything that needs a GPU, in one command and a time budget: `python -m benchmarks.gpu --out DIR`.
 
     environment   card, driver, versions; measured copy bandwidth and matmul rate, which are the ceilings
-    tests         the tests marked gpu
+    tests         the tests marked gpu or kernel, a process for each file
+    kernels       each kernel beside torch's, at GPT-2's shapes
     ladder        tokens/s of gpt2 at B=64, T=1024, rung by rung
     profile       one compiled step's device time by group of kernels, beside the floor
+    swaps         the ladder's best torch rung with one op of ours each
+    sanitize      memcheck and racecheck over the kernels at small shapes
 
 Each stage is a process of its own with its own limit. Rows are in DIR/gpu.jsonl as soon as they exist, and what a
 stage printed is in DIR/<stage>.log, so a crash, a hang or a dead machine costs what was under way and no more.
@@ -14,17 +17,21 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness, ladder, step_profile
+from benchmarks import harness, kernels, ladder, step_profile
+from benchmarks import sanitize as sanitizer
 from gpt2fast import machine
 from gpt2fast.device import device_name
 from gpt2fast.errors import UserError, run_main
 
 BUDGET = 540.0
-LIMITS = {"environment": 90.0, "tests": 150.0, "ladder": 330.0, "profile": 150.0}  # seconds; and never past the budget
+# seconds of a stage; and never past the budget: what has no time left is for another call, with --only
+LIMITS = {"environment": 60.0, "tests": 180.0, "kernels": 120.0, "ladder": 330.0, "profile": 120.0, "swaps": 400.0,
+          "sanitize": 400.0}  # fmt: skip
 RUNG_LIMIT = 110.0
 COPY_BYTES = 4 * 2**30
 # (M, N, K) of x (M, K) w^T (K, N): the usual yardstick, then GPT-2 124M's own at B=64, T=1024
@@ -33,44 +40,32 @@ MATMULS = [(8192, 8192, 8192)] + [
 ]
 
 
-def copy_bandwidth(device: torch.device, size: int, n: int = 20) -> dict:
-    """Bytes read plus bytes written per second of a copy of `size` bytes on the device."""
-    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
-    target = torch.empty_like(source)
-    for _ in range(3):
-        target.copy_(source)
-    times = harness.time_calls(lambda: target.copy_(source), device, n, 5.0)
-    return {"bytes": 2 * size, "gb_per_s": harness.spread([2 * size / t / 1e9 for t in times])}
-
-
-def matmul_rate(device: torch.device, M: int, N: int, K: int, n: int = 20) -> dict:
-    """TFLOP/s of a bf16 product of random data; zeros would run faster."""
-    x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
-    w = torch.randn(N, K, device=device, dtype=torch.bfloat16)
-    for _ in range(3):
-        torch.nn.functional.linear(x, w)
-    times = harness.time_calls(lambda: torch.nn.functional.linear(x, w), device, n, 5.0)
-    return {"shape": [M, N, K], "tflops": harness.spread([2 * M * N * K / t / 1e12 for t in times])}
-
-
 def environment(
     options: argparse.Namespace, device: torch.device, copy_bytes: int = COPY_BYTES, matmuls=MATMULS
 ) -> None:
     """The ceilings, one row each."""
-    write(options, "environment", {"measured": "copy", **copy_bandwidth(device, copy_bytes)})
+    write(options, "environment", {"measured": "copy", **harness.copy_bandwidth(device, copy_bytes)})
     for shape in matmuls:
-        write(options, "environment", {"measured": "matmul bf16", **matmul_rate(device, *shape)})
+        write(options, "environment", {"measured": "matmul bf16", **harness.matmul_rate(device, *shape)})
 
 
 def gpu_tests(options: argparse.Namespace, device: torch.device) -> None:
-    """The tests marked gpu; a row with the counts, even if some fail or hang."""
-    log = options.out / "pytest.log"
-    arguments = ["-m", "gpu", "-q", "-p", "no:cacheprovider", harness.ROOT / "tests"]
-    result = harness.run_apart("pytest", *arguments, limit=options.limit - 10, log=log)
-    counts = count_tests(log.read_text(errors="replace"))
-    write(options, "tests", {**result, **counts})
-    print(log.read_text(errors="replace"))
-    if result["status"] != "ok":
+    """A row with the counts of each file, even if some tests fail or hang. All at once: most of it is compiling."""
+    folder = harness.ROOT / "tests"
+    files = [path for path in sorted(folder.glob("test_*.py")) if re.search(r"mark\.(gpu|kernel)\b", path.read_text())]
+    arguments = ["-m", "gpu or kernel", "-q", "-p", "no:cacheprovider"]
+
+    def run(path: Path) -> dict:
+        log = options.out / f"{path.stem}.log"
+        result = harness.run_apart("pytest", *arguments, path, limit=options.limit - 10, log=log)
+        return {"file": path.name, **result, **count_tests(log.read_text(errors="replace"))}
+
+    with ThreadPoolExecutor(len(files)) as pool:
+        rows = list(pool.map(run, files))
+    for row in rows:
+        write(options, "tests", row)
+        print(row)
+    if any(row["status"] != "ok" for row in rows):
         raise SystemExit(1)
 
 
@@ -84,12 +79,19 @@ def count_tests(output: str) -> dict[str, int]:
     )
 
 
-def climb(options: argparse.Namespace, device: torch.device) -> None:
+def climb(options: argparse.Namespace, device: torch.device, rungs: Sequence[str] = tuple(ladder.CLIMB)) -> None:
     """The ladder, its rows in the same file."""
     arguments = ["--size", options.size, "--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
     arguments += ["--device", str(device), "--limit", str(RUNG_LIMIT), "--budget", str(options.limit - 15)]
-    arguments += ["--seconds", "6", "--file", str(options.out / "gpu.jsonl")]
+    arguments += ["--seconds", "6", "--file", str(options.out / "gpu.jsonl"), "--rungs", *rungs]
     if ladder.main(arguments):
+        raise SystemExit(1)
+
+
+def kernel_times(options: argparse.Namespace, device: torch.device) -> None:
+    """Each kernel beside torch's, its rows in the same file; those that come first matter most."""
+    arguments = ["--device", str(device), "--budget", str(options.limit - 25), "--file", str(options.out / "gpu.jsonl")]
+    if kernels.main(arguments):
         raise SystemExit(1)
 
 
@@ -101,7 +103,25 @@ def profiles(options: argparse.Namespace, device: torch.device) -> None:
         print(step_profile.table(row), flush=True)
 
 
-STAGES = {"environment": environment, "tests": gpu_tests, "ladder": climb, "profile": profiles}
+def swaps(options: argparse.Namespace, device: torch.device) -> None:
+    """The same, of single ops."""
+    climb(options, device, ["fused", *ladder.SWAPS])
+
+
+def sanitize(options: argparse.Namespace, device: torch.device) -> None:
+    """compute-sanitizer's verdicts, a row for each tool."""
+    rows = sanitizer.check_all(options.limit - 10, options.out)
+    for row in rows:
+        write(options, "sanitize", row)
+        print(row)
+    if any(row["status"] != "ok" for row in rows):
+        raise SystemExit(1)
+
+
+STAGES = {
+    "environment": environment, "tests": gpu_tests, "kernels": kernel_times, "ladder": climb, "profile": profiles,
+    "swaps": swaps, "sanitize": sanitize,
+}  # fmt: skip
 
 
 def write(options: argparse.Namespace, stage: str, row: dict) -> None:
@@ -138,7 +158,9 @@ def summary(path: Path) -> str:
         elif row.get("measured"):
             lines.append(f"matmul      {row['tflops']['median']:,.0f} TFLOP/s bf16 at M, N, K = {row['shape']}")
         elif "passed" in row or "failed" in row:
-            lines.append(f"gpu tests   {row.get('passed', 0)} passed, {row.get('failed', 0)} failed")
+            lines.append(f"{row['file']:<28}{row.get('passed', 0)} passed, {row.get('failed', 0)} failed")
+        elif row["suite"] == "kernels":
+            lines.append(kernels.describe(row))
         elif "groups" in row:
             lines.append(step_profile.table(row))
         elif row["suite"] == "ladder":

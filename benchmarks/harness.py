@@ -52,6 +52,26 @@ def time_calls(fn: Callable[[], object], device: torch.device, n: int, max_secon
     return seconds
 
 
+def copy_bandwidth(device: torch.device, size: int, n: int = 20) -> dict:
+    """Bytes read plus bytes written per second of a copy of `size` bytes on the device."""
+    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    times = time_calls(lambda: target.copy_(source), device, n, 5.0)
+    return {"bytes": 2 * size, "gb_per_s": spread([2 * size / t / 1e9 for t in times])}
+
+
+def matmul_rate(device: torch.device, M: int, N: int, K: int, n: int = 20) -> dict:
+    """TFLOP/s of a bf16 product of random data; zeros would run faster."""
+    x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
+    w = torch.randn(N, K, device=device, dtype=torch.bfloat16)
+    for _ in range(3):
+        torch.nn.functional.linear(x, w)
+    times = time_calls(lambda: torch.nn.functional.linear(x, w), device, n, 5.0)
+    return {"shape": [M, N, K], "tflops": spread([2 * M * N * K / t / 1e12 for t in times])}
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, and the 20th and 80th percentile."""
     cuts = statistics.quantiles(values, n=10, method="inclusive")

@@ -1,7 +1,7 @@
 """Training tokens/s, one rung at a time: `python -m benchmarks.ladder`.
 
 Each rung is the one before plus one thing: fp32, allocator settings (a CPU only), TF32 (CUDA only), bf16 autocast,
-torch.compile, fused AdamW, then our kernels.
+torch.compile, fused AdamW, then our kernels. `--rungs fused layer_norm ...` swaps single ops instead.
 All do the same work: the same initial weights and the same tokens (seeded random ids, since speed does not depend on
 the text), so their first losses must agree. Each runs in its own process, so that its peak memory is its own and a
 crash costs one row. A rung that cannot run here is a row that says why.
@@ -23,7 +23,7 @@ from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.device import Precision, device_name, pick_device, set_tf32
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.model import GPT, SIZES
-from gpt2fast.ops import Implementation, OpsConfig, build
+from gpt2fast.ops import NAMES, Implementation, OpsConfig, build, interpreted
 from gpt2fast.screen import share
 from gpt2fast.step import TrainingStep
 
@@ -43,6 +43,11 @@ class Rung:
     compile: bool = False
     fused: bool = False
     backend: Implementation = "torch"
+    swapped: str = ""  # the one op that is triton's, whatever the backend
+
+    @property
+    def ops(self) -> OpsConfig:
+        return OpsConfig(**({self.swapped: "triton"} if self.swapped else {})).with_backend(self.backend)
 
 
 FP32 = Rung("fp32")
@@ -52,7 +57,9 @@ BF16 = replace(TF32, name="bf16", precision="bf16")
 COMPILE = replace(BF16, name="compile", compile=True)
 FUSED = replace(COMPILE, name="fused", fused=True)
 TRITON = replace(FUSED, name="triton", backend="triton")
-RUNGS = {rung.name: rung for rung in (FP32, ALLOCATOR, TF32, BF16, COMPILE, FUSED, TRITON)}
+CLIMB = {rung.name: rung for rung in (FP32, ALLOCATOR, TF32, BF16, COMPILE, FUSED, TRITON)}
+SWAPS = {name: replace(FUSED, name=name, swapped=name) for name in NAMES}  # "fused" with one op of ours each
+RUNGS = CLIMB | SWAPS
 
 
 def measure(
@@ -63,8 +70,10 @@ def measure(
         return {"status": "skipped", "why": f"{device.type} has no TF32"}
     if rung.name == "allocator" and device.type != "cpu":
         return {"status": "skipped", "why": f"what is computed on {device.type} does not use the C library's allocator"}
+    if interpreted(rung.ops):
+        return {"status": "skipped", "why": "the speed of Triton's interpreter says nothing: unset TRITON_INTERPRET"}
     try:
-        ops = build(OpsConfig().with_backend(rung.backend), device.type)
+        ops = build(rung.ops, device.type)
     except UserError as error:
         return {"status": "skipped", "why": str(error)}
     if rung.allocator and device.type == "cpu":
@@ -156,15 +165,15 @@ def describe(row: dict) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     """For people: speed-ups are over the first rung that ran."""
-    lines = [f"{'rung':<10}{'tokens/s':>11}{'p20':>11}{'p80':>11}{'ms':>9}{'x':>7}{'peak GB':>9}  MFU"]
+    lines = [f"{'rung':<21}{'tokens/s':>11}{'p20':>11}{'p80':>11}{'ms':>9}{'x':>7}{'peak GB':>9}  MFU"]
     base = next((row["tokens_per_s"]["median"] for row in rows if row["status"] == "ok"), None)
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"{row['rung']:<10}{describe(row)}")
+            lines.append(f"{row['rung']:<21}{describe(row)}")
             continue
         speed = row["tokens_per_s"]
         lines.append(
-            f"{row['rung']:<10}{speed['median']:>11,.0f}{speed['p20']:>11,.0f}{speed['p80']:>11,.0f}"
+            f"{row['rung']:<21}{speed['median']:>11,.0f}{speed['p20']:>11,.0f}{speed['p80']:>11,.0f}"
             f"{row['ms']['median']:>9,.1f}{speed['median'] / base:>7.2f}{row['peak_memory'] / 1e9:>9.2f}  "
             f"{share(row['mfu'])}" + ("" if row["agrees"] is not False else "  losses differ from the first rung's")
         )
@@ -182,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=float, default=300.0, help="seconds for a rung, start and compiling included")
     p.add_argument("--budget", type=float, default=float("inf"), help="seconds for all rungs")
     p.add_argument("--device", default="auto")
-    p.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    p.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(CLIMB))
     p.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
     p.add_argument("--file", type=Path, help="append the rows to this file instead")
     p.add_argument("--only", nargs=2, metavar=("RUNG", "FILE"), help=argparse.SUPPRESS)  # what a rung's process gets

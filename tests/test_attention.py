@@ -14,6 +14,8 @@ from inputs import DTYPES, normal
 from gpt2fast import reference
 from gpt2fast.kernels import attention, flash_attention
 
+pytestmark = pytest.mark.kernel
+
 
 class Shape(NamedTuple):
     B: int
@@ -111,8 +113,8 @@ def test_flash_attention(shape, causal, dtype, device):
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 150), st.integers(1, 150), st.integers(16, 70),
     st.booleans(), st.sampled_from(["bf16", "fp16"]),
 )  # fmt: skip
-def test_any_shape(B, H, T_q, T_k, D, causal, dtype):
-    check(*qkv(Shape(B, H, T_q, T_k, D), DTYPES[dtype], "cpu"), causal)
+def test_any_shape(device, B, H, T_q, T_k, D, causal, dtype):
+    check(*qkv(Shape(B, H, T_q, T_k, D), DTYPES[dtype], device), causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

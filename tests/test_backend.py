@@ -11,6 +11,9 @@ from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import NAMES, OpsConfig, build
 from gpt2fast.step import TrainingStep
 
+pytestmark = pytest.mark.kernel
+
+
 CONFIG = GPTConfig(
     n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300
 )  # 124M's shape, small; 20 words of padding

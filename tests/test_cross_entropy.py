@@ -13,6 +13,9 @@ from inputs import DTYPES, normal
 from gpt2fast import reference
 from gpt2fast.kernels import cross_entropy, launch, linear_cross_entropy
 
+pytestmark = pytest.mark.kernel
+
+
 # rows, columns, of which the last are padding: GPT-2's vocabulary, wider than a block, odd, one column, one row
 SHAPES = [(3, 50304, 47), (4, 9001, 0), (13, 37, 5), (5, 1, 0), (1, 64, 1)]
 
@@ -74,8 +77,8 @@ def test_other_values(values, device):
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(1, 12), st.integers(1, 600), st.integers(0, 70), st.sampled_from(list(DTYPES)))
-def test_any_shape(N, V, padding, dtype):
-    check(normal(N, V + padding, dtype=DTYPES[dtype]), targets_of(N, V, "cpu"), V)
+def test_any_shape(device, N, V, padding, dtype):
+    check(normal(N, V + padding, dtype=DTYPES[dtype], device=device), targets_of(N, V, device), V)
 
 
 def test_padding_never_wins(device):
@@ -225,6 +228,7 @@ def test_the_rule_of_chunks():
         assert rows % 128 == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks torch's CPU allocator what it gave")
 def test_logits_never_exist_at_once(monkeypatch):
     """The largest piece of memory that is asked for holds one chunk of logits."""
     monkeypatch.setattr(launch, "head_rows", lambda *_: 8)

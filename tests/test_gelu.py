@@ -10,6 +10,9 @@ from inputs import DTYPES, LAYOUTS, VALUES, normal
 
 from gpt2fast.kernels import bias_gelu, gelu
 
+pytestmark = pytest.mark.kernel
+
+
 SHAPES = {
     "GPT-2's": (4, 3072),
     "one": (1,),
@@ -59,8 +62,8 @@ def test_bias_gelu(shape, dtype, device):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(1, 400), st.sampled_from(list(DTYPES)))
-def test_any_shape(lead, N, dtype):
-    x, b = normal(*lead, N, dtype=DTYPES[dtype]), normal(N, dtype=DTYPES[dtype])
+def test_any_shape(device, lead, N, dtype):
+    x, b = normal(*lead, N, dtype=DTYPES[dtype], device=device), normal(N, dtype=DTYPES[dtype], device=device)
     assert_kernel_is_as_accurate(bias_gelu, bias_reference, [x, b])
 
 

@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from gpt2fast import kernels
 from gpt2fast.kernels.registration import NAMESPACE
 
+pytestmark = pytest.mark.kernel
+
+
 TARGETS = torch.tensor([0, 5, -100, 59, 17, 3])
 
 

@@ -10,6 +10,9 @@ from inputs import DTYPES, LAYOUTS, VALUES, normal
 from gpt2fast import reference
 from gpt2fast.kernels import add_layer_norm, layer_norm
 
+pytestmark = pytest.mark.kernel
+
+
 EPS = 1e-5
 
 # (rows, columns): GPT-2's, XL's 1600, which is no power of two, the widest, primes, one row, one column, more rows than
@@ -91,10 +94,10 @@ def test_layouts(layout, device):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=3), st.integers(1, 2100), st.sampled_from(list(DTYPES)))
-def test_any_shape(lead, N, dtype):
-    x, y = (normal(*lead, N, dtype=DTYPES[dtype], seed=seed) for seed in (0, 1))
+def test_any_shape(device, lead, N, dtype):
+    x, y = (normal(*lead, N, dtype=DTYPES[dtype], device=device, seed=seed) for seed in (0, 1))
     fn = rounded_sum_reference(DTYPES[dtype])
-    assert_kernel_is_as_accurate(added, fn, [x, y, *weights(N, DTYPES[dtype], "cpu")])
+    assert_kernel_is_as_accurate(added, fn, [x, y, *weights(N, DTYPES[dtype], device)])
 
 
 def test_half_the_outputs_may_go_unused(device):

@@ -7,6 +7,9 @@ stays below 2^31, or Triton would pass it as int64 and hide the fault.
 
 import pytest
 
+pytestmark = pytest.mark.kernel
+
+
 ROW = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -1,0 +1,167 @@
+"""Seeded faults in the kernels, each of which some test must catch: `python tests/mutants.py [--only TEXT]`.
+
+A mutant is one replacement in one file of kernels/. For each, the tree is copied, the replacement made, and the tests
+of that kernel run until one fails. A mutant that survives is a hole in the tests: the exit code is 1.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    file: str  # of kernels/
+    old: str
+    new: str
+    why: str
+    tests: str = ""  # the file's own, unless named
+    nth: int = 0  # which occurrence of `old`
+
+
+OFFSETS = "test_offsets.py"
+MUTANTS = [
+    Mutant("gelu", "x * x * CUBIC", "x * x * THREE_CUBIC", "another cubic term"),
+    Mutant("gelu", "tl.sigmoid(-_z(x))", "(1 - s * s)", "derivative of tanh instead of sigmoid"),
+    Mutant("gelu", "mask=offs < n)", "mask=offs < n - 1)", "last element not written", nth=0),
+    Mutant("gelu", "db += dx", "db += do", "db without GELU's derivative"),
+    Mutant("gelu", "for tile in range(part,", "for tile in range(0,", "every program does all tiles"),
+    Mutant("gelu", "+ b[None, :]\n        dx", "\n        dx", "backward forgets the bias"),
+    Mutant("gelu", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK", "int32 offsets", OFFSETS),
+    Mutant("gelu", "(tl.program_id(0) // column_blocks).to(tl.int64)", "(tl.program_id(0) // column_blocks)",
+           "int32 offsets", OFFSETS),
+    Mutant("gelu", "+ tl.arange(0, BLOCK_M)).to(tl.int64)", "+ tl.arange(0, BLOCK_M))", "int32 offsets", OFFSETS),
+    Mutant("layer_norm", "mean = tl.sum(x, axis=1) / N",
+           "mean = (tl.sum(x, axis=1) / N).to(tl.bfloat16).to(tl.float32)",
+           "bf16 mean"),
+    Mutant("layer_norm", "rstd, mask=mask_m)", "rstd.to(tl.bfloat16).to(tl.float32), mask=mask_m)", "bf16 rstd saved"),
+    Mutant("layer_norm", "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]",
+           "padding counts in the variance"),
+    Mutant("layer_norm", "rest = tl.sum(x, axis=1) / N", "rest = tl.sum(x, axis=1) * 0",
+           "the mean's rounding error stays"),
+    Mutant("layer_norm", " - z * mean_gz[:, None]", "", "dx without its second projection"),
+    Mutant("layer_norm", "dw += do * z", "dw += g * z", "dw multiplied by w"),
+    Mutant("layer_norm", "dx += tl.load(ds_ptr", "dx -= tl.load(ds_ptr", "residual's gradient subtracted"),
+    Mutant("layer_norm", "x = s.to(tl.float32)", "x = x", "the sum is not rounded before it is normalised"),
+    Mutant("layer_norm", "tl.store(dy_ptr + offs, dx, mask=mask)",
+           "tl.store(dy_ptr + offs, dx, mask=mask & (offs > 0))",
+           "dy not fully written"),
+    Mutant("layer_norm", "offs_m = tl.program_id(0).to(tl.int64)", "offs_m = tl.program_id(0)",
+           "int32 offsets", OFFSETS),
+    Mutant("layer_norm", "+ tl.arange(0, BLOCK_M)).to(tl.int64)", "+ tl.arange(0, BLOCK_M))", "int32 offsets", OFFSETS),
+    Mutant("attention", "scale * LOG2_E", "scale", "log2 e dropped"),
+    Mutant("attention_tiles", "offs_n <= offs_m", "offs_n < offs_m", "causal mask off by one"),
+    Mutant("attention_tiles", "offs_m + (T_k - T_q)", "offs_m", "causal diagonal at the start"),
+    Mutant("attention_tiles", "first + T_k - T_q + 1, 0", "first + T_k - T_q + BLOCK_N, 0",
+           "masked tiles taken for full"),
+    Mutant("attention_tiles", "visible = offs_n < T_k", "visible = offs_n < T_k + 1", "one key too many"),
+    Mutant("attention_tiles", "base = tl.where(m_new == float(\"-inf\"), 0.0, m_new)", "base = m_new",
+           "NaN before anything is seen"),
+    Mutant("attention_tiles", "acc * alpha[:, None]", "acc", "accumulator not rescaled"),
+    Mutant("attention_tiles", "l = l * alpha + tl.sum(p, axis=1)", "l = l + tl.sum(p, axis=1)", "sum not rescaled"),
+    Mutant("attention_tiles", "p.to(v.dtype), v", "p.to(tl.bfloat16).to(v.dtype), v", "p rounded more than its dtype"),
+    Mutant("attention_tiles", "dk * scale", "dk", "scale missing in dk"),
+    Mutant("attention_tiles", "dq * scale", "dq", "scale missing in dq"),
+    Mutant("attention_tiles", "ds = p * (dp - delta[:, None])", "ds = p * dp", "delta missing in dq"),
+    Mutant("attention_tiles", "ds = p * (dp - delta[None, :])", "ds = p * dp", "delta missing in dk"),
+    Mutant("attention_tiles", "// BLOCK_M * BLOCK_M\n        full", "// BLOCK_M * BLOCK_M + BLOCK_M\n        full",
+           "backward skips the first tile of queries"),
+    Mutant("attention_tiles", "first + BLOCK_N - 1 - (T_k - T_q), 0", "first - (T_k - T_q), 0",
+           "diagonal of dk, dv taken for full"),
+    Mutant("attention_tiles", "l == 0, 1.0, l", "l == 0, 0.0, l", "division by nothing"),
+    Mutant("attention_tiles", "offs_t.to(tl.int64)[:, None] * stride_t", "offs_t[:, None] * stride_t",
+           "int32 offsets", OFFSETS),
+    Mutant("attention_tiles", "(bh // H).to(tl.int64), (bh % H).to(tl.int64)", "bh // H, bh % H",
+           "int32 offsets", OFFSETS),
+    Mutant("attention", "dqkv = qkv.new_empty(qkv.shape)", "dqkv = torch.empty_like(qkv)",
+           "strides that the fake does not promise",
+           "test_kernels.py"),
+    Mutant("cross_entropy", "counts = target != ignore_index", "counts = target != 0", "wrong ignore index"),
+    Mutant("cross_entropy", "x = tl.where(offs_v < vocab_size, x, float(\"-inf\"))", "x = x",
+           "padding counts in the sum"),
+    Mutant("cross_entropy", "dx = tl.where(counts & (offs_v < vocab_size), dx, 0.0)", "dx = tl.where(counts, dx, 0.0)",
+           "padding has a gradient"),
+    Mutant("cross_entropy", "tl.where(offs_v == target, 1.0, 0.0)",
+           "tl.where(offs_v == target + 1, 1.0, 0.0)", "neighbour's one-hot"),
+    Mutant("cross_entropy", "(target >= 0) & (target < vocab_size)", "(target >= 0) & (target < V)",
+           "padding as a target"),
+    Mutant("cross_entropy", "log2_l * LN_2", "log2_l", "ln 2 dropped"),
+    Mutant("cross_entropy", "l = l * tl.exp2((m - base) * LOG2_E) +", "l = l +", "sum not rescaled"),
+    Mutant("cross_entropy", "_scale_kernel[(programs,)]", "_scale_kernel[(1,)]", "only some tiles are scaled"),
+    Mutant("cross_entropy", "if x.dtype == torch.float16 else share",
+           "if x.dtype == torch.bfloat16 else share", "fp16 gradients underflow"),
+    Mutant("cross_entropy", "scale = dloss * share", "scale = share", "gradient scaling forgotten"),
+    Mutant("cross_entropy", "first=start == 0", "first=True", "dw of the last chunk only"),
+    Mutant("cross_entropy", "        torch.autograd.graph.increment_version(x)  #", "        pass  #",
+           "saved logits not marked"),
+    Mutant("cross_entropy", "torch.is_grad_enabled() and logits.requires_grad", "logits.requires_grad",
+           "no_grad destroys logits"),
+    Mutant("cross_entropy", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", "int32 offsets", OFFSETS),
+    Mutant("mlp", "F.linear(x, fc_w)", "F.linear(x, fc_w, fc_b)", "bias added twice"),
+    Mutant("registration", "tensor.to(torch.get_autocast_dtype(device))", "tensor", "autocast ignored",
+           "test_kernels.py"),
+]  # fmt: skip
+OWN = {"attention_tiles": "test_attention.py", "launch": "test_attention.py"}
+
+
+def survives(mutant: Mutant) -> str | None:
+    """None if a test catches it, else what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("gpt2fast", "kernels", "benchmarks", "tests"):
+            shutil.copytree(CHECKOUT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copy(CHECKOUT / "pyproject.toml", tree)
+        path = tree / "kernels" / f"{mutant.file}.py"
+        parts = path.read_text().split(mutant.old)
+        if len(parts) < mutant.nth + 2:
+            return f"{path.name} has no {mutant.old!r}"
+        head, tail = mutant.old.join(parts[: mutant.nth + 1]), mutant.old.join(parts[mutant.nth + 1 :])
+        path.write_text(head + mutant.new + tail)
+        tests = mutant.tests or OWN.get(mutant.file, f"test_{mutant.file}.py")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            f"tests/{tests}",
+        ]
+        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if done.returncode == 1 and " failed" in done.stdout:
+            return None
+        return (
+            f"survived {tests} (pytest ended with {done.returncode})\n{done.stdout[-300:] if done.returncode else ''}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="those whose file or reason contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.only in f"{m.file} {m.why}"]
+    left = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, problem in zip(chosen, pool.map(survives, chosen)):
+            print(f"{'caught  ' if problem is None else 'MISSED  '} {mutant.file:<16} {mutant.why}", flush=True)
+            if problem:
+                print("         " + problem)
+                left += 1
+    print(f"{len(chosen) - left} of {len(chosen)} mutants caught")
+    return 1 if left or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
