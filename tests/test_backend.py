@@ -1,8 +1,10 @@
 """GPT-2 on the triton backend trains as on the torch backend: op by op, and all at once."""
 
+import json
 from dataclasses import asdict
 
 import pytest
+import tiny
 import torch
 from accuracy import assert_as_accurate
 
@@ -13,10 +15,7 @@ from gpt2fast.step import TrainingStep
 
 pytestmark = pytest.mark.kernel
 
-
-CONFIG = GPTConfig(
-    n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300
-)  # 124M's shape, small; 20 words of padding
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300)  # 20 more words are padding
 STEPS = 10
 SWAPS = {name: OpsConfig(**{name: "triton"}) for name in NAMES} | {"all": OpsConfig().with_backend("triton")}
 runs: dict[tuple, torch.Tensor] = {}
@@ -45,3 +44,24 @@ def test_the_same_losses(swap, precision, device):
     got = losses(SWAPS[swap], precision, device)
     assert truth[-1] < truth[0] - 1.0
     assert_as_accurate(got, truth, base, name=f"losses with {swap} swapped")
+
+
+@pytest.mark.slow
+def test_the_training_program_gives_the_torch_backends_losses(run_module, tmp_path):
+    """`TRITON_INTERPRET=1 python -m gpt2fast.train nano --backend triton`, smaller; in fp32 without being told."""
+    tiny.write_data(tmp_path / "data")
+    flags = [*tiny.FLAGS, "--model.n-embd", "32", "--steps", "3", "--warmup", "1"]
+    losses = {}
+    for backend in ("torch", "triton"):
+        precision = "fp32" if backend == "torch" else "auto"
+        own = ["--backend", backend, "--run", backend, "--precision", precision]
+        done = run_module("gpt2fast.train", *flags, *own, env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+        if "pip install 'numpy<2.4'" in done.stderr:
+            pytest.skip(done.stderr)
+        assert done.returncode == 0, done.stderr
+        assert "precision   fp32" in done.stdout
+        assert f"ops         {backend}" in done.stdout
+        rows = [json.loads(line) for line in (tmp_path / "out" / backend / "metrics.jsonl").read_text().splitlines()]
+        losses[backend] = [row[name] for row in rows for name in ("loss", "val_loss") if name in row]
+    assert len(losses["torch"]) > 3
+    assert losses["triton"] == pytest.approx(losses["torch"], abs=2e-5)

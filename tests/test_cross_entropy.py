@@ -64,6 +64,14 @@ def test_cross_entropy(N, V, padding, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_wider_than_a_block(dtype, device, monkeypatch):
+    """Logits that grow along the row, so that the running maximum and sum are rescaled at each block."""
+    monkeypatch.setattr(launch, "cross_entropy_block", lambda V: (128, 1))
+    x = normal(6, 1000, device=device) + torch.linspace(-5, 5, 1000, device=device)
+    check(x.to(DTYPES[dtype]), targets_of(6, 997, device), 997)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("times", [1e-3, 100.0, 1e4])
 def test_logits_of_other_sizes(times, dtype, device):
     x = normal(6, 200, dtype=DTYPES[dtype], device=device) * times
@@ -123,6 +131,14 @@ def test_whoever_saved_the_logits_is_told(device):
     loss = cross_entropy(logits, targets_of(4, 64, device))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_whoever_saved_the_logits_is_told_before_the_loss_has_gone_backward(device):
+    logits = normal(4, 64, device=device).requires_grad_() * 1.0
+    penalty = logits.square().sum()  # saves logits
+    cross_entropy(logits, targets_of(4, 64, device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
 
 
 def test_a_second_backward_is_refused_where_the_gradient_was_scaled_in_place(device):

@@ -74,7 +74,9 @@ def registered() -> dict[str, list[tuple]]:
         "flash_attention_fwd": [(q, q, q, True, 0.25), (turned, turned, turned, False, 0.25)],
         "flash_attention_bwd": [(q, q, q, q, q, lse, True, 0.25), (turned, turned, q, q, q, lse, False, 0.25)],
         "attention_fwd": [(qkv, 2, 0.25), (n(20, 2, 96).transpose(0, 1), 2, 0.25)],
-        "attention_bwd": [(o, qkv, o, n(2, 2, 20), 2, 0.25)],
+        "attention_bwd": [
+            (o, qkv, o, n(2, 2, 20), 2, 0.25), (o, n(20, 2, 96).transpose(0, 1), o, n(2, 2, 20), 2, 0.25),
+        ],
         "cross_entropy_fwd": [(logits, TARGETS, 60, -100), (n(64, 6).t(), TARGETS, 60, -100)],
         "cross_entropy_fwd_grad": [(logits, TARGETS, 60, -100), (n(64, 6).t(), TARGETS, 60, -100)],
         "cross_entropy_fwd_grad_": [(logits, TARGETS, 60, -100)],

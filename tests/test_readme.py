@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import tiny
 from conftest import CHECKOUT
 
 pytest.importorskip("tyro", reason="needs tyro for the command lines")
@@ -17,7 +18,10 @@ SHORT = {
     "gpt2fast.sample": "--tokens 3",
     "gpt2fast.prepare": "",
     "benchmarks.ladder": "--steps 1 --warmup 1 --rungs fp32 --batch-size 1 --seq-len 32 --out rows",
+    "benchmarks.kernels": "--op gelu --tokens 64 --file rows/kernels.jsonl",
+    "benchmarks.aot": "--arch 90 --case '124M gelu'",
     "benchmarks.gpu": "",
+    "gpt2fast.train --backend triton": shlex.join([*tiny.FLAGS[1:], "--model.n-embd", "32", "--data", "stdlib"]),
 }
 
 
@@ -44,11 +48,12 @@ def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_m
     (tmp_path / "README.md").write_text("A text of one's own. " * 2000)
     unused = set(SHORT)
     for command in ["python -m gpt2fast.train", *COMMANDS]:
-        python, dash_m, *words = shlex.split(command)
+        variables = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
+        python, dash_m, *words = shlex.split(command)[len(variables) :]
         assert (python, dash_m) == ("python", "-m"), f"not run by any test: {command}"
-        key = next(key for key in (" ".join(words[:2]), words[0]) if key in SHORT)
+        key = next(key for key in (" ".join([words[0], *words[2:4]]), " ".join(words[:2]), words[0]) if key in SHORT)
         unused.discard(key)
-        done = run_module(*words, *SHORT[key].split(), cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+        done = run_module(*words, *shlex.split(SHORT[key]), cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", **variables})
         expected = 2 if key == "benchmarks.gpu" else 0  # it says that there is no GPU
         assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
     assert not unused
