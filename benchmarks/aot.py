@@ -66,6 +66,14 @@ def _attention(C: int, H: int, dtype: torch.dtype) -> None:
     attention_bwd(o, qkv, o, lse, H, 0.125)
 
 
+def _attention_tf32(C: int, H: int) -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        _attention(C, H, torch.float32)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def _layer_norm(C: int, stream: torch.dtype) -> None:
     """As under bf16 autocast: the stream in its own dtype, branches in bf16, weights in fp32."""
     x, y, w = torch.empty(B * T, C, dtype=stream), torch.empty(B * T, C, dtype=torch.bfloat16), torch.empty(C)
@@ -98,6 +106,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CASES = {"124M attention bf16": Case(partial(_attention, 768, 12, torch.bfloat16), ("attention",))}
 CASES |= {"1.5B attention bf16": Case(partial(_attention, 1600, 25, torch.bfloat16), ("attention",))}
 CASES |= {"124M attention fp32": Case(partial(_attention, 768, 12, torch.float32))}  # exact: no tensor cores
+CASES |= {"124M attention tf32": Case(partial(_attention_tf32, 768, 12), ("attention",))}
 CASES |= {
     f"{size} layer norm, {name} stream": Case(partial(_layer_norm, WIDTHS[size][0], DTYPES[name]))
     for size in WIDTHS

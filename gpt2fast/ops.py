@@ -20,6 +20,8 @@ from gpt2fast import reference
 from gpt2fast.errors import UserError
 
 Implementation = Literal["torch", "triton"]
+HEAD_DIMENSIONS = 16, 256  # of kernels/attention.py
+MAX_WIDTH = 16384  # of kernels/layer_norm.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,21 @@ def build(config: OpsConfig, device: str = "cpu") -> Ops:
             f"{chosen[missing[0]]} has no implementation of {', '.join(missing)}: take --ops.{missing[0]} torch"
         )
     return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()})
+
+
+def check_sizes(config: OpsConfig, C: int, D: int) -> None:
+    """UserError if a kernel of `config` cannot take width C or head dimension D."""
+    chosen = config.with_backend("torch")
+    least, most = HEAD_DIMENSIONS
+    if chosen.attention == "triton" and not least <= D <= most:
+        raise UserError(
+            f"heads have n_embd / n_head = {D} dimensions, and triton's attention takes {least} to {most}: "
+            "change --model.n-head, or use --ops.attention torch"
+        )
+    for name in ("layer_norm", "add_layer_norm"):
+        if getattr(chosen, name) == "triton" and C > MAX_WIDTH:
+            flag = f"--ops.{name.replace('_', '-')}"
+            raise UserError(f"n_embd is {C}, and triton's {name} takes at most {MAX_WIDTH}: use {flag} torch")
 
 
 def _implementation(name: str, device: str) -> ModuleType:

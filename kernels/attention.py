@@ -17,7 +17,7 @@ Saves     q, k, v, o, lse. p is made again from lse, in two kernels: one owns qu
           every time.
 Numerics  Dots accumulate in fp32; p and ds are rounded to the inputs' dtype for the second dot, as in FlashAttention.
           Everything is in base 2 (exp2 is one instruction): scale is multiplied by log2 e once, lse is a base-2
-          logarithm. fp32 dots are exact unless the user allowed TF32 (torch.set_float32_matmul_precision).
+          logarithm. fp32 dots are exact unless the user allowed TF32 for torch's own.
 Source    Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4; Dao 2023, arXiv:2307.08691, section 3.
 """
 
@@ -50,13 +50,18 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {f"stride_{name}{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bht")}
 
 
+def _tf32_is_allowed() -> bool:
+    """Whichever way the user said so; torch.get_float32_matmul_precision() raises where it was the newer one."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def _shared_arguments(q: Tensor, k: Tensor, scale: float, causal: bool) -> dict:
     """What all three kernels are told: sizes, scale, flags."""
     _, H, T_q, D = q.shape
     return {
         "H": H, "T_q": T_q, "T_k": k.shape[2], "D": D, "qk_scale": scale * LOG2_E, "CAUSAL": causal,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if _tf32_is_allowed() else "ieee",
     }  # fmt: skip
 
 

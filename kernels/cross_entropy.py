@@ -46,6 +46,9 @@ def _cross_entropy_kernel(
     dx_ptr += row * stride_dxm
     target = tl.load(target_ptr + row)
     counts = target != ignore_index
+    # loaded before the reductions, whose barriers keep a fast warp from writing its gradient over it
+    valid = (target >= 0) & (target < vocab_size)
+    x_target = tl.load(x_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
     m = float("-inf")
     l = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
@@ -60,8 +63,6 @@ def _cross_entropy_kernel(
         )  # x - base first: it is exact where it counts
         m = m_new
     log2_l = tl.log2(tl.sum(l, axis=0))
-    valid = (target >= 0) & (target < vocab_size)
-    x_target = tl.load(x_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
     tl.store(loss_ptr + row, tl.where(counts, m - x_target + log2_l * LN_2, 0.0))
     if WRITE_GRAD:
         scale = tl.where(counts, tl.load(scale_ptr), 0.0)
@@ -103,7 +104,7 @@ def _scalar(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
-def _share(x: Tensor, targets: Tensor, ignore: int) -> Tensor:
+def _share(targets: Tensor, ignore: int) -> Tensor:
     """1 / number of targets that count, fp32; infinite if there are none, so that the mean is NaN, as in torch."""
     return (targets != ignore).sum().to(torch.float32).reciprocal()
 
@@ -116,7 +117,7 @@ def _first_scale(x: Tensor, share: Tensor) -> Tensor:
 def _loss(x: Tensor, targets: Tensor, dx: Tensor | None, vocab_size: int, ignore: int) -> tuple[Tensor, Tensor]:
     """The mean loss, and what dx must still be multiplied by."""
     losses = x.new_empty(x.shape[0], dtype=torch.float32)
-    share = _share(x, targets, ignore)
+    share = _share(targets, ignore)
     first = _first_scale(x, share)
     _rows(x, targets, dx, losses, first, vocab_size, ignore)
     return losses.sum() * share, share / first
@@ -182,7 +183,7 @@ def linear_cross_entropy_fwd(
             _add_product(dw, x.t(), h[here], first=start == 0)
     if need_dw and not N:
         dw.zero_()
-    share = _share(h, targets, IGNORE)
+    share = _share(targets, IGNORE)
     return losses.sum() * share, dh, dw, share
 
 

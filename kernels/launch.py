@@ -91,7 +91,7 @@ def head_rows(N: int, V: int, itemsize: int, budget: int = HEAD_BYTES) -> int:
 def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Eight warps: with four, 128 x 64 scores spill on sm_80 and sm_120."""
     if dtype == torch.float32 and not INTERPRETED:
-        return Tiles(64, 32, 8, 2) if D <= 64 else Tiles(32, 16, 8, 1)
+        return Tiles(64, 32, 8, 1) if D <= 64 else Tiles(32, 16, 8, 1)
     if D <= 64:
         return {9: Tiles(128, 128, 8, 3), 10: Tiles(128, 128, 8, 2)}.get(capability[0], Tiles(128, 64, 8, 2))
     return Tiles(128, 64, 8, 2) if D <= 128 else Tiles(64, 32, 8, 1)
@@ -100,7 +100,7 @@ def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -
 def attention_dkdv(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Programs own BLOCK_N keys and walk the queries."""
     if dtype == torch.float32 and not INTERPRETED:
-        return Tiles(32, 32, 8, 1) if D <= 64 else Tiles(16, 16, 8, 1)
+        return Tiles(16, 64, 8, 1) if D <= 64 else Tiles(16, 16, 8, 1)
     if D <= 64:
         return Tiles(64 if capability[0] in (9, 10) else 32, 128, 8, 2)  # without wgmma, 64 x 128 spill
     return Tiles(64, 64, 8, 1) if D <= 128 else Tiles(32, 32, 8, 1)

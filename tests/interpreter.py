@@ -2,7 +2,9 @@
 
 The interpreter (3.6 to 3.9) keeps bf16 as uint16 and computes with those bits as integers, silently; its cast to bf16
 truncates. Here, whatever touches bf16 goes through fp32: widened exactly, computed, rounded once to nearest even, as a
-GPU does it. Also, under numpy 2.4, Triton 3.6 cannot loop over range(lo, hi) of tensors; it can after this.
+GPU does it; sums, scans and the like widen once and round once. Also, Triton 3.6 lacks bf16 constants (`x * 1.5`), and
+under numpy 2.4 loops over range(lo, hi) of tensors; it has both after this. Casts to and from fp8, and those with a
+rounding mode of their own, stay Triton's.
 
 Private names are patched; each is asserted to exist, so a Triton that renames one fails here and not in a kernel.
 `only_program` runs one program of a grid, so that offsets beyond 2^31 cost no more than small ones.
@@ -10,6 +12,7 @@ Private names are patched; each is asserted to exist, so a Triton that renames o
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,9 +20,14 @@ import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 
 Builder, TensorHandle = triton_interpreter.InterpreterBuilder, triton_interpreter.TensorHandle
+HALF_TYPES = {tl.bfloat16, tl.float16}
 COMPUTING = ("binary_op", "ternary_op", "unary_op", "create_dot", "create_fma", "create_fabs", "create_rsqrt")
-PRIVATE = (*COMPUTING, "cast_impl", "create_fp_to_fp", "set_grid_idx")
-MODULE = ("interpreter_builder", "_patch_lang_tensor")
+PRIVATE = {
+    "InterpreterBuilder": (*COMPUTING, "cast_impl", "create_fp_to_fp", "get_fp32", "set_grid_idx"),
+    "ReduceScanOpInterface": ("apply",),
+    "interpreter_builder": (),
+    "_patch_lang_tensor": (),
+}
 
 
 def is_bf16(handle: object) -> bool:
@@ -66,10 +74,43 @@ def cast(method: Callable) -> Callable:
     return call
 
 
+def cast_of_half_types(method: Callable) -> Callable:
+    """Triton 3.9 casts fp16 <-> bf16 here too; the rest, fp8 and other rounding modes, is `method`'s own."""
+
+    @functools.wraps(method)
+    def call(self, src, dst_type, rounding_mode):
+        if {src.dtype.scalar, dst_type.scalar} == HALF_TYPES:
+            return self.cast_impl(src, dst_type)
+        return method(self, src, dst_type, rounding_mode)
+
+    return call
+
+
+def reduce_in_fp32(method: Callable) -> Callable:
+    """Reductions and scans, which hand their arrays to numpy and never ask the builder."""
+
+    def retyped(x: tl.tensor, convert: Callable) -> tl.tensor:
+        handle = convert(x.handle)
+        return tl.tensor(handle, x.type.with_element_ty(handle.dtype) if x.type.is_block() else handle.dtype)
+
+    @functools.wraps(method)
+    def apply(self, input):
+        if not isinstance(input, tuple):
+            return method(self, input)  # which comes back with a tuple
+        half = [is_bf16(x.handle) for x in input]
+        result = method(self, tuple(retyped(x, to_fp32) if h else x for x, h in zip(input, half)))
+        return tuple(retyped(x, to_bf16) if h else x for x, h in zip(result, half))
+
+    return apply
+
+
 def repair() -> None:
-    """Patch the interpreter, once."""
-    missing = [name for name in PRIVATE if not hasattr(Builder, name)]
-    missing += [name for name in MODULE if not hasattr(triton_interpreter, name)]
+    """Patch the interpreter, once; nothing where kernels are compiled."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    missing = [name for name in PRIVATE if not hasattr(triton_interpreter, name)]
+    for owner in PRIVATE.keys() - missing:
+        missing += [name for name in PRIVATE[owner] if not hasattr(getattr(triton_interpreter, owner), name)]
     assert not missing, f"this Triton's interpreter has no {missing}: tests/interpreter.py must be adapted"
     if getattr(Builder, "repaired", False):
         return
@@ -77,7 +118,10 @@ def repair() -> None:
     for name in COMPUTING:
         setattr(Builder, name, through_fp32(getattr(Builder, name)))
     Builder.cast_impl = cast(Builder.cast_impl)
-    Builder.create_fp_to_fp = lambda self, src, dst_type, rounding_mode: self.cast_impl(src, dst_type)
+    Builder.create_fp_to_fp = cast_of_half_types(Builder.create_fp_to_fp)
+    Builder.get_bf16 = lambda self, value: to_bf16(self.get_fp32(value))
+    reduce_scan = triton_interpreter.ReduceScanOpInterface
+    reduce_scan.apply = reduce_in_fp32(reduce_scan.apply)
     patch_tensor = triton_interpreter._patch_lang_tensor
 
     def patch_tensor_and_index(tensor, scope):

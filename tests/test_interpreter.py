@@ -1,5 +1,7 @@
 """The repaired interpreter against torch, bit for bit; and how our kernels refuse the one that is not repaired."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import triton
@@ -9,6 +11,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is in
 
 N = 1024
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 3.4e38, -3.4e38, 1.00390625, 1.01171875]
+SPECIAL += [3.3895313892515355e38, 3.3961e38, 65504.0, 65520.0, 1.0, -1.0]  # the largest of each type, and over them
 
 
 @triton.jit
@@ -32,7 +35,38 @@ def _arithmetic_kernel(x_ptr, y_ptr, o_ptr, N: tl.constexpr):
     tl.store(o_ptr + N + offs, x - y)
     tl.store(o_ptr + 2 * N + offs, x * y)
     tl.store(o_ptr + 3 * N + offs, tl.where(x < y, x, -y))
-    tl.store(o_ptr + 4 * N + offs, tl.maximum(x, y))
+    tl.store(o_ptr + 4 * N + offs, x / y)
+    tl.store(o_ptr + 5 * N + offs, x * 1.5 + 2)
+    tl.store(o_ptr + 6 * N + offs, tl.where((x <= y) & (x != y), x, 1.0))
+    tl.store(o_ptr + 7 * N + offs, tl.abs(x))
+    tl.store(o_ptr + 8 * N + offs, tl.maximum(x, y))
+    tl.store(o_ptr + 9 * N + offs, tl.minimum(x, y))
+
+
+@triton.jit
+def _reduce_kernel(x_ptr, o_ptr, scan_ptr, M: tl.constexpr, N: tl.constexpr):
+    offs = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + offs)
+    tl.store(o_ptr + tl.arange(0, M), tl.sum(x, 1))
+    tl.store(o_ptr + M + tl.arange(0, M), tl.max(x, 1))
+    tl.store(o_ptr + 2 * M + tl.arange(0, M), tl.min(x, 1))
+    tl.store(o_ptr + 3 * M + tl.arange(0, M), tl.argmax(x, 1).to(tl.float32))
+    tl.store(o_ptr + 4 * M, tl.sum(x))
+    tl.store(scan_ptr + offs, tl.cumsum(x, 1))
+
+
+@triton.jit
+def _exp2_kernel(x_ptr, o_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(o_ptr + offs, tl.exp2(tl.load(x_ptr + offs).to(tl.float32)).to(tl.bfloat16))
+
+
+@triton.jit
+def _untouched_kernel(x_ptr, o_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x = tl.load(x_ptr + offs)
+    tl.store(o_ptr + offs, x.to(tl.float8e5).to(tl.float32))
+    tl.store(o_ptr + N + offs, x.to(tl.bfloat16, fp_downcast_rounding="rtz").to(tl.float32))
 
 
 @triton.jit
@@ -60,6 +94,11 @@ def values(seed: int) -> torch.Tensor:
 def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
     assert a.dtype == b.dtype
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan()), "a zero's sign"
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("kernel", [_cast_kernel, _store_kernel], ids=["cast", "store"])
@@ -75,18 +114,50 @@ def test_casts(dtypes, kernel):
 
 def test_bf16_arithmetic():
     x, y = values(0).bfloat16(), values(1).flip(0).bfloat16()
-    x[500:], y[500:] = torch.randn(N - 500).bfloat16(), torch.randn(N - 500).bfloat16()
-    o = torch.empty(5, N, dtype=torch.bfloat16)
+    x[500:], y[500:] = random(2, N - 500).bfloat16()
+    pairs = torch.cartesian_prod(torch.tensor(SPECIAL), torch.tensor(SPECIAL)).bfloat16()
+    x[: len(pairs)], y[: len(pairs)] = pairs.T
+    o = torch.empty(10, N, dtype=torch.bfloat16)
     _arithmetic_kernel[(1,)](x, y, o, N=N)
-    for got, want in zip(o, (x + y, x - y, x * y, torch.where(x < y, x, -y))):
-        assert_same(got, want)
-    numbers = ~(x.isnan() | y.isnan())
-    assert_same(o[4][numbers], torch.maximum(x, y)[numbers])
+    minus_y = 0 - y if triton.__version__ < "3.7" else -y  # what that Triton makes of -y, compiled or not
+    want = (x + y, x - y, x * y, torch.where(x < y, x, minus_y), x / y, x * 1.5 + 2)
+    want += (torch.where((x <= y) & (x != y), x, 1.0), x.abs())
+    for i in range(len(want)):
+        assert_same(o[i], want[i])
+    differ = ~(x.isnan() | y.isnan()) & (x != y)  # of NaN, and of two zeros, maximum may return either
+    assert_same(o[8][differ], torch.maximum(x, y)[differ])
+    assert_same(o[9][differ], torch.minimum(x, y)[differ])
+
+
+def test_bf16_reductions_round_once():
+    x = (random(16, 64) * 100).round().bfloat16()  # whole numbers: fp32 sums are exact in whatever order
+    o, scan = torch.zeros(5, 16, dtype=torch.bfloat16), torch.empty_like(x)
+    _reduce_kernel[(1,)](x, o, scan, M=16, N=64)
+    wide = x.float()
+    for got, want in zip(o, (wide.sum(1), wide.amax(1), wide.amin(1), wide.argmax(1))):
+        assert_same(got, want.bfloat16())
+    assert_same(o[4, 0], wide.sum().bfloat16())
+    assert_same(scan, wide.cumsum(1).bfloat16())
+
+
+def test_exp2_of_a_cast_is_rounded_to_nearest():
+    x = random(N).bfloat16()
+    o = torch.empty_like(x)
+    _exp2_kernel[(1,)](x, o, N=N)
+    torch.testing.assert_close(o.double(), torch.exp2(x.double()), rtol=2**-9, atol=0)  # half a unit; cut off: a whole
+
+
+def test_casts_to_fp8_and_towards_zero_stay_as_they_were():
+    x = torch.tensor([1.0, -2.5, 0.75, 1.0 + 3 * 2**-9, -1.0 - 2**-8 - 2**-9, 448.0, 0.0, -0.0])
+    o = torch.empty(2, len(x))
+    _untouched_kernel[(1,)](x, o, N=len(x))
+    assert_same(o[0], x.to(torch.float8_e5m2).float())
+    assert_same(o[1], (x.view(torch.int32) & -(2**16)).view(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dots_take_half_types_and_accumulate_in_fp32(dtype):
-    x, y = (torch.randn(rows, 64).to(dtype) * 100 for rows in (32, 16))
+    x, y = (random(rows, 64, seed=rows).to(dtype) * 100 for rows in (32, 16))
     o = torch.empty(32, 16)
     _dot_kernel[(1,)](x, y, o, M=32, K=64, N=16)
     torch.testing.assert_close(o, x.float() @ y.float().t(), rtol=1e-5, atol=1e-1)
@@ -96,6 +167,32 @@ def test_loops_over_tensors():
     o = torch.zeros((), dtype=torch.int32)
     _range_kernel[(1,)](o, torch.tensor(4, dtype=torch.int32), torch.tensor(14, dtype=torch.int32))
     assert o.item() == 4 + 7 + 10 + 13
+
+
+def test_repair_is_done_once_and_only_where_kernels_are_interpreted(run_python):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import interpreter
+module = interpreter.triton_interpreter
+def private():
+    owners = (module, module.InterpreterBuilder, module.ReduceScanOpInterface)
+    return [dict(vars(owner)) for owner in owners]
+before = private()
+interpreter.repair()
+once = private()
+interpreter.repair()
+print(once == before, private() == once)
+interpreter.PRIVATE["InterpreterBuilder"] += ("create_nothing",)
+try:
+    interpreter.repair()
+except AssertionError as error:
+    print(error)
+"""
+    assert run_python("-c", code, check=True).stdout.split() == ["True", "True"]
+    interpreted = run_python("-c", code, env={"TRITON_INTERPRET": "1"}, check=True).stdout
+    assert interpreted.startswith("False True\n")
+    assert "has no ['create_nothing']: tests/interpreter.py must be adapted" in interpreted
 
 
 def test_kernels_refuse_bf16_in_an_interpreter_that_nobody_repaired(run_python):

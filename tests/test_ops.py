@@ -93,6 +93,20 @@ def test_only_triton_ops_are_interpreted(monkeypatch):
     assert not ops.interpreted(OpsConfig().with_backend("triton"))
 
 
+def test_sizes_that_a_kernel_cannot_take_are_refused():
+    from gpt2fast.kernels.attention import D_RANGE
+    from gpt2fast.kernels.layer_norm import MAX_N
+
+    assert (ops.HEAD_DIMENSIONS, ops.MAX_WIDTH) == (D_RANGE, MAX_N)
+    triton = OpsConfig().with_backend("triton")
+    ops.check_sizes(triton, 768, 64)
+    ops.check_sizes(OpsConfig(attention="torch", layer_norm="torch", add_layer_norm="torch"), 10**6, 8)
+    with pytest.raises(UserError, match=r"n_head = 8 dimensions, and triton's attention takes 16 to 256.*torch"):
+        ops.check_sizes(triton, 768, 8)
+    with pytest.raises(UserError, match=r"triton's add_layer_norm takes at most 16384: use --ops.add-layer-norm torch"):
+        ops.check_sizes(OpsConfig(add_layer_norm="triton"), 16385, 64)
+
+
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(UserError, match="unknown implementation 'cuda'"):
         build(OpsConfig(linear="cuda"))
