@@ -58,9 +58,8 @@ def _cross_entropy_kernel(
         x = tl.where(offs_v < vocab_size, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, axis=0))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        l = l * tl.exp2((m - base) * LOG2_E) + tl.exp2(
-            (x - base) * LOG2_E
-        )  # x - base first: it is exact where it counts
+        # x - base, not x log2 e - base log2 e: the difference is exact where it counts
+        l = l * tl.exp2((m - base) * LOG2_E) + tl.exp2((x - base) * LOG2_E)
         m = m_new
     log2_l = tl.log2(tl.sum(l, axis=0))
     tl.store(loss_ptr + row, tl.where(counts, m - x_target + log2_l * LN_2, 0.0))

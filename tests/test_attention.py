@@ -183,6 +183,12 @@ def test_packed(B, T, n_head, D, dtype, device):
     assert got.gradients[0].is_contiguous()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [Shape(4, 12, 1024, 1024, 64), Shape(1, 1, 16411, 16411, 64)], ids=str)
+def test_sizes_of_gpt2(shape, device):
+    check(*qkv(shape, torch.bfloat16, device))
+
+
 def test_more_keys_than_16k(device):
     check(*qkv(Shape(1, 1, 3, 16411, 16), torch.float16, device))
 
@@ -200,6 +206,22 @@ def test_the_future_does_not_matter_to_the_last_bit(device):
             x[:, :, t + 1 :] = 7.0
         assert torch.equal(flash_attention(*later)[:, :, : t + 1], o[:, :, : t + 1])
         assert not torch.equal(flash_attention(*later)[:, :, t + 1 :], o[:, :, t + 1 :])
+
+
+def test_tiles_that_nothing_sees_are_not_visited(device):
+    """A NaN there would become 0 * NaN: keys of the second tile for queries of the first, and the other way round."""
+    q, k, v = qkv(Shape(1, 1, 256, 256, 64), torch.float16, device)
+    do = normal(1, 1, 256, 64, dtype=torch.float16, device=device, seed=4)
+    late, early = slice(128, 256), slice(0, 128)
+    k[:, :, late], v[:, :, late] = float("nan"), float("nan")
+    got = outputs_and_gradients(flash_attention, [q, k, v], [do])
+    assert got.outputs[0][:, :, early].isfinite().all()
+    assert got.gradients[0][:, :, early].isfinite().all()
+    q, k, v = qkv(Shape(1, 1, 256, 256, 64), torch.float16, device)
+    q[:, :, early], do[:, :, early] = float("nan"), float("nan")
+    got = outputs_and_gradients(flash_attention, [q, k, v], [do])
+    assert got.gradients[1][:, :, late].isfinite().all()
+    assert got.gradients[2][:, :, late].isfinite().all()
 
 
 def test_rows_are_convex_combinations(device):

@@ -231,6 +231,13 @@ def test_chunks_change_nothing_but_memory(dtype, device, monkeypatch):
     check_head(x, w, targets_of(300, 120, device), 120)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [768, 1600])
+def test_sizes_of_gpt2(C, device):
+    x, w = normal(12000, C, dtype=torch.bfloat16, device=device), normal(50304, C, dtype=torch.bfloat16, device=device)
+    check_head(x, w * C**-0.5, targets_of(12000, 50257, device), 50257)
+
+
 def test_the_rule_of_chunks():
     """Of 2^30 bytes of logits, equal, in whole tiles of 128 rows."""
     assert launch.head_rows(65536, 50304, 2) == 9472  # 7 chunks of B=64, T=1024

@@ -67,6 +67,13 @@ def test_any_shape(device, lead, N, dtype):
     assert_kernel_is_as_accurate(bias_gelu, bias_reference, [x, b])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [3072, 6400])
+def test_sizes_of_gpt2(N, device):
+    x, b = normal(65536, N, dtype=torch.bfloat16, device=device), normal(N, dtype=torch.bfloat16, device=device)
+    assert_kernel_is_as_accurate(bias_gelu, bias_reference, [x, b])
+
+
 def test_the_far_ends(device):
     x = torch.tensor([-1e10, -1e4, -20.0, -0.0, 0.0, 20.0, 1e4, 1e10, float("nan")], device=device, requires_grad=True)
     o = gelu(x)

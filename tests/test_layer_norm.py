@@ -100,6 +100,13 @@ def test_any_shape(device, lead, N, dtype):
     assert_kernel_is_as_accurate(added, fn, [x, y, *weights(N, DTYPES[dtype], device)])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [768, 1024, 1280, 1600])
+def test_sizes_of_gpt2(N, device):
+    x, y = normal(65536, N, device=device, seed=3), normal(65536, N, dtype=torch.bfloat16, device=device, seed=4)
+    assert_kernel_is_as_accurate(added, rounded_sum_reference(x.dtype), [x, y, *weights(N, torch.float32, device)])
+
+
 def test_half_the_outputs_may_go_unused(device):
     x, y = (normal(5, 48, device=device, seed=seed).requires_grad_() for seed in (0, 1))
     w, b = (t.requires_grad_() for t in weights(48, torch.float32, device))
