@@ -13,7 +13,7 @@ from typing import Literal
 from gpt2fast import corpus
 from gpt2fast.errors import UserError
 from gpt2fast.model import SIZES, GPTConfig
-from gpt2fast.ops import Implementation, OpsConfig, check_sizes
+from gpt2fast.ops import Implementation, OpsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,6 @@ def check(config: TrainConfig) -> None:
             f"--total-batch {c.total_batch} is no multiple of B*T = {c.batch_size}*{c.seq_len} = "
             f"{c.batch_size * c.seq_len}: change one of --total-batch, --batch-size, --seq-len"
         )
-    check_sizes(c.implementations, c.model.n_embd, c.model.n_embd // c.model.n_head)
     if c.warmup > c.steps:
         raise UserError(
             f"--warmup {c.warmup} is longer than the run of --steps {c.steps}: lower it, say to {c.steps // 20}"

@@ -68,6 +68,7 @@ def prepare(c: TrainConfig) -> Session:
     c = config.resolve(c, memory)
     config.check(c)
     implementation = ops.build(c.implementations, device.type)
+    ops.check_sizes(c.implementations, c.model.n_embd, c.model.n_embd // c.model.n_head)
     if c.tensorboard:
         run.check_tensorboard()
     if not c.resume:

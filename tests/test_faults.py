@@ -190,6 +190,13 @@ def test_resuming_on_other_tokens_is_refused(folder, capsys):
         program.main(["--resume", "--run", "tiny"])
 
 
+def test_heads_that_a_kernel_cannot_take_are_refused_before_anything_is_written(folder, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="n_head = 8 dimensions, and triton's attention takes 16 to 256"):
+        program.main([*tiny.FLAGS, "--ops.attention", "triton"])
+    assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize("flags", [["--backend", "triton"], ["--ops.mlp", "triton"]], ids=["backend", "op"])
 def test_resuming_with_another_backend_uses_it(folder, capsys, monkeypatch, flags):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

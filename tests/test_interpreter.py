@@ -90,7 +90,7 @@ def _range_kernel(o_ptr, lo_ptr, hi_ptr):
 def values(seed: int) -> torch.Tensor:
     x = torch.randn(N, generator=torch.Generator().manual_seed(seed)) * 10 ** torch.linspace(-38, 38, N)
     x[: len(SPECIAL)] = torch.tensor(SPECIAL)
-    x[-2:] = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaN that rounding would lose
+    x[-2:] = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaN rounding would lose
     return x
 
 
