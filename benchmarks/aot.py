@@ -37,7 +37,7 @@ from gpt2fast.errors import UserError, run_main
 from gpt2fast.files import write_atomic
 from gpt2fast.kernels import launch, registration
 from gpt2fast.kernels.attention import attention_bwd, attention_fwd
-from gpt2fast.kernels.cross_entropy import cross_entropy_fwd, cross_entropy_fwd_grad_, scale_
+from gpt2fast.kernels.cross_entropy import cross_entropy_fwd, cross_entropy_fwd_grad_, scale_, scaled
 from gpt2fast.kernels.gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_bwd, gelu_fwd
 from gpt2fast.kernels.layer_norm import add_layer_norm_bwd, add_layer_norm_fwd, layer_norm_bwd, layer_norm_fwd
 
@@ -98,6 +98,7 @@ def _cross_entropy() -> None:
     cross_entropy_fwd(x, targets, 50257, -100)
     cross_entropy_fwd_grad_(x, targets, 50257, -100)
     scale_(x, torch.empty(()))
+    scaled(torch.empty(V, 768), torch.empty(()), torch.float32)
 
 
 B, T, V = 64, 1024, 50304

@@ -75,14 +75,14 @@ def _cross_entropy_kernel(
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, n, PROGRAMS, BLOCK: tl.constexpr):
-    """x *= factor in place; nothing is read or written where factor is 1, and no host waits to know."""
+def _scale_kernel(x_ptr, o_ptr, factor_ptr, n, PROGRAMS, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """o = x factor. In place nothing is read or written where factor is 1, and no host waits to know."""
     factor = tl.load(factor_ptr)
-    if factor != 1.0:
+    if (factor != 1.0) | (not IN_PLACE):
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, PROGRAMS * BLOCK):
             offs = start + tl.arange(0, BLOCK).to(tl.int64)
             x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-            tl.store(x_ptr + offs, x * factor, mask=offs < n)
+            tl.store(o_ptr + offs, x * factor, mask=offs < n)
 
 
 def _rows(x: Tensor, targets: Tensor, dx: Tensor | None, losses: Tensor, scale: Tensor, vocab_size: int, ignore: int):
@@ -146,10 +146,24 @@ def cross_entropy_fwd_grad_(x: Tensor, targets: Tensor, vocab_size: int, ignore:
 @op("scale_", fake=lambda x, factor: None, mutates=("x",))
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a fp32 number on the device; free if it is 1. x is dense."""
+    _scale(x, x, factor)
+
+
+@op("scaled", fake=lambda x, factor, dtype: x.new_empty(x.shape, dtype=dtype))
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x factor, rounded once to `dtype`. torch's product of bf16 and a fp32 number would round the number first."""
+    o = x.new_empty(x.shape, dtype=dtype)
+    _scale(x.contiguous(), o, factor)
+    return o
+
+
+def _scale(x: Tensor, o: Tensor, factor: Tensor) -> None:
     if n := x.numel():
         BLOCK = launch.elementwise()
         programs = launch.persistent(triton.cdiv(n, BLOCK), x.device, 16)
-        _scale_kernel[(programs,)](x_ptr=x, factor_ptr=factor, n=n, PROGRAMS=programs, BLOCK=BLOCK)
+        _scale_kernel[(programs,)](
+            x_ptr=x, o_ptr=o, factor_ptr=factor, n=n, PROGRAMS=programs, IN_PLACE=o is x, BLOCK=BLOCK
+        )
 
 
 def _linear_cross_entropy_fake(h, w, targets, dtype, vocab_size, rows, need_dh, need_dw):
@@ -235,7 +249,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh, dw, share = ctx.saved_tensors
         scale = dloss * share
         # new tensors, not in place: a graph that was kept can be walked twice
-        gradients = [(g * scale).to(t) if needed else None for g, t, needed in zip((dh, dw), ctx.dtypes, ctx.needed)]
+        gradients = [scaled(g, scale, t) if needed else None for g, t, needed in zip((dh, dw), ctx.dtypes, ctx.needed)]
         return *gradients, *(None,) * 6
 
 

@@ -96,6 +96,8 @@ MUTANTS = [
            "padding as a target"),
     Mutant("cross_entropy", "log2_l * LN_2", "log2_l", "ln 2 dropped"),
     Mutant("cross_entropy", "l = l * tl.exp2((m - base) * LOG2_E) +", "l = l +", "sum not rescaled"),
+    Mutant("cross_entropy", "tl.load(factor_ptr)", "tl.load(factor_ptr).to(x_ptr.dtype.element_ty).to(tl.float32)",
+           "scale rounded to the gradient's dtype"),
     Mutant("cross_entropy", "_scale_kernel[(programs,)]", "_scale_kernel[(1,)]", "only some tiles are scaled"),
     Mutant("cross_entropy", "if x.dtype == torch.float16 else share",
            "if x.dtype == torch.bfloat16 else share", "fp16 gradients underflow"),

@@ -81,6 +81,7 @@ def registered() -> dict[str, list[tuple]]:
         "cross_entropy_fwd_grad": [(logits, TARGETS, 60, -100), (n(64, 6).t(), TARGETS, 60, -100)],
         "cross_entropy_fwd_grad_": [(logits, TARGETS, 60, -100)],
         "scale_": [(x, torch.tensor(2.0)), (x, torch.tensor(1.0))],
+        "scaled": [(x, torch.tensor(2.0), torch.float16), (wide, torch.tensor(1.0), fp32)],
         "linear_cross_entropy_fwd": [
             (*head, fp32, 60, 4, True, True), (*head, fp32, 60, 6, False, False),
             (*head, torch.float16, 60, 6, True, False),

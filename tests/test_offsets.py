@@ -80,7 +80,7 @@ leaf = x[-1024:].float().requires_grad_()
 near(o[-1024:], torch.autograd.grad(torch.nn.functional.gelu(leaf, approximate="tanh"), leaf, x[-1024:].float())[0])
 with interpreter.only_program(n // BLOCK - 1):
     file("cross_entropy")._scale_kernel[(1,)](
-        x_ptr=x, factor_ptr=torch.tensor(3.0), n=n, PROGRAMS=10**6, BLOCK=BLOCK)
+        x_ptr=x, o_ptr=x, factor_ptr=torch.tensor(3.0), n=n, PROGRAMS=10**6, IN_PLACE=True, BLOCK=BLOCK)
 near(torch.nn.functional.gelu(x[-1024:].float() / 3, approximate="tanh"), want)
 """,
     "bias_gelu": """
