@@ -103,9 +103,11 @@ def _scalar(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
-def _share(targets: Tensor, ignore: int) -> Tensor:
-    """1 / number of targets that count, fp32; infinite if there are none, so that the mean is NaN, as in torch."""
-    return (targets != ignore).sum().to(torch.float32).reciprocal()
+def _count(targets: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """How many targets count, fp32, and their share in the gradient: 1 / count. If there are none, the mean is NaN
+    and the gradient 0, as in torch."""
+    count = (targets != ignore).sum().to(torch.float32)
+    return count, count.clamp(min=1).reciprocal()
 
 
 def _first_scale(x: Tensor, share: Tensor) -> Tensor:
@@ -116,10 +118,10 @@ def _first_scale(x: Tensor, share: Tensor) -> Tensor:
 def _loss(x: Tensor, targets: Tensor, dx: Tensor | None, vocab_size: int, ignore: int) -> tuple[Tensor, Tensor]:
     """The mean loss, and what dx must still be multiplied by."""
     losses = x.new_empty(x.shape[0], dtype=torch.float32)
-    share = _share(targets, ignore)
+    count, share = _count(targets, ignore)
     first = _first_scale(x, share)
     _rows(x, targets, dx, losses, first, vocab_size, ignore)
-    return losses.sum() * share, share / first
+    return losses.sum() / count, share / first
 
 
 @op("cross_entropy_fwd", fake=lambda x, *_: _scalar(x))
@@ -196,8 +198,8 @@ def linear_cross_entropy_fwd(
             _add_product(dw, x.t(), h[here], first=start == 0)
     if need_dw and not N:
         dw.zero_()
-    share = _share(targets, IGNORE)
-    return losses.sum() * share, dh, dw, share
+    count, share = _count(targets, IGNORE)
+    return losses.sum() / count, dh, dw, share
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

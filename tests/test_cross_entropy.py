@@ -174,7 +174,15 @@ def test_targets_that_do_not_exist_make_the_loss_nan(device):
 
 
 def test_nothing_to_average(device):
-    assert cross_entropy(normal(3, 8, device=device), torch.full((3,), -100, device=device)).isnan()
+    """As in torch: a loss of NaN, and gradients of zero, which do not spoil those of other batches."""
+    ignored = torch.full((3,), -100, device=device)
+    x, w = normal(3, 8, device=device).requires_grad_(), normal(20, 8, device=device).requires_grad_()
+    for call in (lambda: cross_entropy(x, ignored), lambda: linear_cross_entropy(x, w, ignored)):
+        loss = call()
+        loss.backward()
+        assert loss.isnan()
+    assert (x.grad == 0).all()
+    assert (w.grad == 0).all()
     empty = normal(0, 8, device=device).requires_grad_()
     loss = cross_entropy(empty, torch.zeros(0, dtype=torch.long, device=device))
     loss.backward()
