@@ -49,6 +49,7 @@ def test_the_same_losses(swap, precision, device):
 @pytest.mark.slow
 def test_the_training_program_gives_the_torch_backends_losses(run_module, tmp_path):
     """`TRITON_INTERPRET=1 python -m gpt2fast.train nano --backend triton`, smaller; in fp32 without being told."""
+    pytest.importorskip("tyro", reason="needs tyro for the command line")
     tiny.write_data(tmp_path / "data")
     flags = [*tiny.FLAGS, "--model.n-embd", "32", "--steps", "3", "--warmup", "1"]
     losses = {}

@@ -355,3 +355,34 @@ def test_what_the_sanitizer_says(code, status, monkeypatch, tmp_path):
     rows = sanitize.check_all(10.0, tmp_path)
     assert [(row["tool"], row["status"]) for row in rows] == [("memcheck", status), ("racecheck", status)]
     assert ("found memcheck" in rows[0].get("tail", "")) == (code != 0)
+
+
+def test_the_tests_stage_runs_each_file_with_kernels_and_counts(tmp_path, monkeypatch, capsys):
+    def run_apart(module, *args, limit, log):
+        assert module == "pytest"
+        assert "gpu or kernel" in args
+        log.write_text(
+            "1 failed, 3 passed in 1.2s" if args[-1].name == "test_gelu.py" else "2 passed, 1 skipped in 1.2s"
+        )
+        return {"status": "failed" if args[-1].name == "test_gelu.py" else "ok", "seconds": 1.0}
+
+    monkeypatch.setattr(harness, "run_apart", run_apart)
+    with pytest.raises(SystemExit):
+        gpu.gpu_tests(options(tmp_path, limit=60.0), CPU)
+    counts = {row["file"]: (row["passed"], row.get("failed", 0)) for row in rows_of(tmp_path)}
+    assert counts["test_gelu.py"] == (3, 1)
+    assert {"test_attention.py", "test_layer_norm.py", "test_cross_entropy.py", "test_kernels.py"} <= set(counts)
+    assert "test_gelu.py" in gpu.summary(tmp_path / "gpu.jsonl")
+
+
+def test_the_stages_of_kernels_swaps_and_sanitizer_hand_on_what_they_are_given(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(kernels, "main", lambda arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(ladder, "main", lambda arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(sanitize, "check_all", lambda limit, folder: [{"tool": "memcheck", "status": "ok"}])
+    for stage in ("kernels", "swaps", "sanitize"):
+        gpu.STAGES[stage](options(tmp_path, limit=60.0), CPU)
+    kernel_arguments, ladder_arguments = seen
+    assert kernels.parser().parse_args(kernel_arguments).file == tmp_path / "gpu.jsonl"
+    assert ladder.parser().parse_args(ladder_arguments).rungs == ["fused", *ladder.SWAPS]
+    assert rows_of(tmp_path)[-1]["tool"] == "memcheck"
