@@ -51,7 +51,7 @@ def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_m
         variables = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
         python, dash_m, *words = shlex.split(command)[len(variables) :]
         assert (python, dash_m) == ("python", "-m"), f"not run by any test: {command}"
-        key = next(key for key in (" ".join([words[0], *words[2:4]]), " ".join(words[:2]), words[0]) if key in SHORT)
+        key = next(key for key in (" ".join(words[:2]), " ".join([words[0], *words[2:4]]), words[0]) if key in SHORT)
         unused.discard(key)
         done = run_module(*words, *shlex.split(SHORT[key]), cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", **variables})
         expected = 2 if key == "benchmarks.gpu" else 0  # it says that there is no GPU
