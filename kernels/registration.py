@@ -13,7 +13,6 @@ it returns no input and no view of one; what backward needs is among its results
 Backward methods are `once_differentiable`: a second derivative is refused by torch, not silently zero.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
@@ -44,12 +43,15 @@ def op(name: str, *, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[C
 
 
 def _on_its_device(fn: Callable) -> Callable:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Triton launches on the current device, which need not be that of the tensors: cuda:0 may not be it either."""
 
     @functools.wraps(fn)
     def call(*args):
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        with torch.get_device_module(device).device(device) if device.index else contextlib.nullcontext():
+        module = torch.get_device_module(device)
+        if device.index in (None, module.current_device()):
+            return fn(*args)
+        with module.device(device):
             return fn(*args)
 
     return call
@@ -134,10 +136,10 @@ def check_tensors(op: str, same_dtype: bool = False, **tensors: Tensor) -> None:
         check_device(op, first, x, name, tensor)
         if same_dtype and tensor.dtype != x.dtype:
             raise TypeError(f"{op}: {first} is {x.dtype} and {name} is {tensor.dtype}: convert one of them")
-    if x.device.type == "cpu" and not INTERPRETED:
+    if x.device.type in ("cpu", "mps") and not INTERPRETED:
         raise ValueError(
-            f"{op}: {first} is on the CPU, where Triton has no compiler: move it to a GPU, use gpt2fast.reference, "
-            "or set TRITON_INTERPRET=1 before the start"
+            f"{op}: {first} is on {x.device}, for which Triton has no compiler: move it to a GPU that it knows, use "
+            "gpt2fast.reference, or set TRITON_INTERPRET=1 before the start"
         )
 
 

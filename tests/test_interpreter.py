@@ -224,4 +224,4 @@ except ValueError as error:
     print(error)
 """
     done = run_python("-c", code, check=True)
-    assert "attention: qkv is on the CPU, where Triton has no compiler: move it to a GPU" in done.stdout
+    assert "attention: qkv is on cpu, for which Triton has no compiler: move it to a GPU" in done.stdout

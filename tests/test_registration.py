@@ -1,5 +1,8 @@
 """A toy op goes through the one way of registering: eager, compiled, checked by torch, autocast, odd layouts."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from accuracy import assert_as_accurate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gpt2fast.kernels import registration
 from gpt2fast.kernels.registration import op
 
 BLOCK = 64
@@ -132,6 +136,30 @@ def test_the_op_stands_in_torchs_namespace_and_is_called_like_the_function(devic
     assert str(silu_bwd._schema) == "gpt2fast::toy_silu_bwd(Tensor x, Tensor do) -> Tensor"
     assert torch.Tag.pt2_compliant_tag in silu_fwd.tags
     assert torch.equal(silu_fwd(x), silu_fwd(x=x))
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_current_device_is_that_of_the_tensors_while_the_op_runs(monkeypatch, current, index):
+    class Module:  # torch.cuda, on a machine with two GPUs
+        now = current
+
+        @classmethod
+        def current_device(cls):
+            return cls.now
+
+        @classmethod
+        @contextlib.contextmanager
+        def device(cls, device):
+            before, cls.now = cls.now, device.index
+            yield
+            cls.now = before
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    monkeypatch.setattr(registration, "Tensor", SimpleNamespace)
+    x = SimpleNamespace(device=torch.device("cuda", index))
+    assert registration._on_its_device(lambda x: Module.now)(x) == index
+    assert Module.now == current
 
 
 def test_the_kernel_runs_where_this_machine_can_run_it(device):
