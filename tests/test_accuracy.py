@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import assert_as_accurate, assert_kernel_is_as_accurate
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
@@ -56,6 +56,24 @@ def test_the_factor_widens_the_max_rule_alone():
     with pytest.raises(AssertionError, match="rms error"):
         assert_as_accurate(far, truth, base, factor=3)
     assert_as_accurate(near * 0.8, truth, base)
+
+
+def test_a_lucky_base_of_few_numbers_is_judged_with_those_of_nearby_inputs():
+    third, seventh = torch.tensor([1 / 3], dtype=torch.float64), torch.tensor([1 / 7], dtype=torch.float64)
+    off = torch.tensor([6e-6])
+    lucky, usual = (third, third.float()), (seventh, (seventh + 4e-6).float())
+    with pytest.raises(AssertionError, match="max error"):
+        assert_as_accurate(third.float() + off, *lucky)
+    assert_as_accurate(third.float() + off, *lucky, nearby=[usual])
+    with pytest.raises(AssertionError, match=r"max error .* is 2.5\d times the honest 4"):
+        assert_as_accurate(third.float() + off * 5 / 3, *lucky, nearby=[usual])
+
+
+def test_a_kernel_with_one_result_is_judged_by_nearby_inputs_and_still_fails_if_it_is_worse():
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    assert_kernel_is_as_accurate(lambda x: x.flip(0).cumsum(0)[-1:], lambda x: x.sum(0, True), [x])
+    with pytest.raises(AssertionError, match="output 0: max error"):
+        assert_kernel_is_as_accurate(lambda x: x.half().float().sum(0, True), lambda x: x.sum(0, True), [x])
 
 
 @pytest.mark.parametrize(

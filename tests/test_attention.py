@@ -89,10 +89,10 @@ def honest(inputs, cotangents, causal=True, scale=None):
     return Results([o.to(dtype)], [g.to(dtype) for g in gradients], list(cotangents))
 
 
-def check(q, k, v, causal=True, scale=None):
+def check(q, k, v, causal=True, scale=None, **options):
     flags = {"causal": causal, "scale": scale}
     kernel, judge, base = (partial(fn, **flags) for fn in (flash_attention, truth, honest))
-    assert_kernel_is_as_accurate(kernel, judge, [q, k, v], base=base, gradient_factor=3.0)
+    assert_kernel_is_as_accurate(kernel, judge, [q, k, v], base=base, gradient_factor=3.0, **options)
 
 
 def qkv(shape, dtype, device, values="normal"):
@@ -110,10 +110,11 @@ def test_flash_attention(shape, causal, dtype, device):
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 150), st.integers(1, 150), st.integers(16, 70),
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 150), st.integers(2, 150), st.integers(16, 70),
     st.booleans(), st.sampled_from(["bf16", "fp16"]),
 )  # fmt: skip
 def test_any_shape(device, B, H, T_q, T_k, D, causal, dtype):
+    # from two keys on: the scores of a single one have no gradient, see test_values_that_are_all_equal
     check(*qkv(Shape(B, H, T_q, T_k, D), DTYPES[dtype], device), causal)
 
 
@@ -127,8 +128,9 @@ def test_other_values(values, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_huge_logits(dtype, device):
+    # nearly all rows are one-hot: the errors are those of the few where two keys draw
     q, k, v = qkv(Shape(1, 1, 70, 70, 64), DTYPES[dtype], device)
-    check(q * 100, k * 16, v)
+    check(q * 100, k * 16, v, few=math.inf)
     assert (q.float() @ k.float().mT * 100 * 16 / 8).max() > 5e3
 
 
