@@ -3,9 +3,9 @@
 What is interpreted gets the half types' tiles of sm_90, so that tests without a GPU walk the same ones; but where a
 kernel is elementwise, or walks a row, it gets larger blocks, since the interpreter's cost is per operation. Held by
 `benchmarks.aot`, which compiles every launch at GPT-2's shapes for sm_80 to sm_120: no spills, shared memory within
-the card's limit. Other shapes run, but some spill (bytes a thread, Triton 3.9): LayerNorm's backward beyond 8192
-columns (400 to 1600), or where columns are no multiple of 16 beyond 4096 (50 to 650); heads of 80 to 96 forward on
-sm_80 (132), dk and dv on sm_100 (36); dq of fp32 heads beyond 128 (1000).
+the card's limit. Other shapes run, but some spill (benchmarks/results/aot_other_shapes.jsonl): LayerNorm's backward
+beyond 8192 columns, or beyond 4096 where they are no multiple of 16; heads of 80 to 96 on sm_80 and sm_100; dq of
+fp32 heads beyond 128.
 """
 
 import functools
