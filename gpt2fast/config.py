@@ -13,7 +13,7 @@ from typing import Literal
 from gpt2fast import corpus
 from gpt2fast.errors import UserError
 from gpt2fast.model import SIZES, GPTConfig
-from gpt2fast.ops import Implementation, OpsConfig
+from gpt2fast.ops import Backend, OpsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class TrainConfig:
 
     model: GPTConfig = field(default_factory=GPTConfig)
     """The shape of the model."""
-    backend: Implementation = "torch"
-    """Implementation of the six ops: plain PyTorch, or our Triton kernels."""
+    backend: Backend = "torch"
+    """Implementation of the six ops: plain PyTorch, our Triton kernels, or of each op what is fastest here (auto)."""
     ops: OpsConfig = field(default_factory=OpsConfig)
     """Implementation of single ops, over --backend."""
 
@@ -66,7 +66,7 @@ class TrainConfig:
     tf32: bool = True
     """Let CUDA's fp32 matmuls use TF32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on CUDA only, since compiling takes longer than a short run on a CPU."""
+    """torch.compile. auto: on CUDA; on a CPU that has a C++ compiler in a run of more than about five minutes."""
 
     out: Path = Path("out")
     """Folder of all runs."""
@@ -101,7 +101,10 @@ class TrainConfig:
 
     @property
     def implementations(self) -> OpsConfig:
-        """What --backend and --ops come to. Not stored as --ops, or a resumed run could not change its --backend."""
+        """What --backend and --ops come to; with --backend auto, ops stay open until they are measured.
+
+        Not stored as --ops, or a resumed run could not change its --backend.
+        """
         return self.ops.with_backend(self.backend)
 
     @property
@@ -244,9 +247,15 @@ def from_dict(values: dict) -> TrainConfig:
 
 def read_config(folder: Path) -> TrainConfig:
     """The settings of a run, from its config.json."""
+    return read_record(folder)[0]
+
+
+def read_record(folder: Path) -> tuple[TrainConfig, dict]:
+    """The settings of a run, and what they were resolved to, from its config.json."""
     path = folder / "config.json"
     try:
-        return from_dict(json.loads(path.read_text())["config"])
+        record = json.loads(path.read_text())
+        return from_dict(record["config"]), dict(record.get("resolved") or {})
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no run ({path.name} is missing): name another, or start one (python -m gpt2fast.train)"

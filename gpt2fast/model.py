@@ -167,7 +167,9 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if self.config.block_size < T:
             raise UserError(f"{T} positions are more than block_size {self.config.block_size}: shorten the sequence")
-        x = nn.functional.embedding(idx, self.wte.weight) + self.wpe.weight[:T]  # (B, T, C)
+        # a sparse gradient is added to the head's; a dense one is a second matrix of V rows, cleared and added
+        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = nn.functional.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe.weight[:T]  # (B, T, C)
         norms = [block.ln_1 for block in self.h] + [self.ln_f]
         h = self.ops.layer_norm(x, norms[0].weight, norms[0].bias, EPS)
         for block, next_ln in zip(self.h, norms[1:]):

@@ -1,13 +1,15 @@
 """The six functions that GPT-2 spends its time in, and the one place where their implementation is chosen.
 
-An implementation is a module that defines the six names: `gpt2fast.reference` in plain PyTorch, `gpt2fast.kernels`
-in Triton. `OpsConfig` says which, per op, in plain strings (for the command line, the checkpoint and the results);
-`build` turns it into an `Ops`, which the model is given. Nothing is patched, and nothing falls back silently.
+An implementation is a module that defines the six names: `gpt2fast.reference` in plain PyTorch, `gpt2fast.cpu` in
+PyTorch arranged for a CPU ("torch" means it there), `gpt2fast.kernels` in Triton. `OpsConfig` says which, per op, in
+plain strings (for the command line, the checkpoint and the results); `build` turns it into an `Ops`, which the model is
+given. Nothing is patched, and nothing falls back silently.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,10 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt2fast import reference
+from gpt2fast import cpu, reference
 from gpt2fast.errors import UserError
 
-Implementation = Literal["torch", "triton"]
+Implementation = Literal["torch", "compiled", "triton"]  # compiled: torch.compile of torch's, op by op
+Backend = Literal["auto", "torch", "triton"]
 HEAD_DIMENSIONS = 16, 256  # of kernels/attention.py
 MAX_WIDTH = 16384  # of kernels/layer_norm.py
 
@@ -41,8 +44,10 @@ class OpsConfig:
     linear_cross_entropy: Implementation | None = None
     """Tied head + loss."""
 
-    def with_backend(self, backend: Implementation) -> "OpsConfig":
-        """Every op that was left open takes `backend`."""
+    def with_backend(self, backend: Implementation | Backend) -> "OpsConfig":
+        """Every op that was left open takes `backend`; with "auto" it stays open, and auto.py chooses."""
+        if backend == "auto":
+            return self
         return replace(self, **{op: backend for op, name in asdict(self).items() if name is None})
 
 
@@ -66,7 +71,10 @@ NAMES = tuple(field.name for field in fields(Ops))
 
 
 def build(config: OpsConfig, device: str = "cpu") -> Ops:
-    """Look each op up in its module. What is missing (Triton, a GPU, the op itself) is a UserError, at start-up."""
+    """Look each op up in its module; torch's where it was left open.
+
+    What is missing (Triton, a GPU, the op itself) is a UserError, at start-up.
+    """
     chosen = asdict(config.with_backend("torch"))
     modules = {name: _implementation(name, device) for name in sorted(set(chosen.values()))}
     missing = [op for op, name in chosen.items() if not hasattr(modules[name], op)]
@@ -74,7 +82,8 @@ def build(config: OpsConfig, device: str = "cpu") -> Ops:
         raise UserError(
             f"{chosen[missing[0]]} has no implementation of {', '.join(missing)}: take --ops.{missing[0]} torch"
         )
-    return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()})
+    functions = {op: getattr(modules[name], op) for op, name in chosen.items()}
+    return Ops(**{op: _compiled(fn) if chosen[op] == "compiled" else fn for op, fn in functions.items()})
 
 
 def check_sizes(config: OpsConfig, C: int, D: int) -> None:
@@ -93,10 +102,10 @@ def check_sizes(config: OpsConfig, C: int, D: int) -> None:
 
 
 def _implementation(name: str, device: str) -> ModuleType:
-    if name == "torch":
-        return reference
+    if name in ("torch", "compiled"):
+        return cpu if torch.device(device).type == "cpu" else reference
     if name != "triton":
-        raise UserError(f"unknown implementation {name!r}: it is torch or triton")
+        raise UserError(f"unknown implementation {name!r}: it is torch, compiled or triton")
     if find_spec("triton") is None:
         raise UserError(
             "the triton backend needs the package triton (pip install triton, on Linux): or use --backend torch"
@@ -110,6 +119,17 @@ def _implementation(name: str, device: str) -> ModuleType:
     if fault := kernels.interpreter_fault():
         raise UserError(fault)
     return kernels
+
+
+def _compiled(fn: Callable) -> Callable:
+    """`fn` compiled where it will be differentiated; validation and samples, of other shapes, would compile it anew."""
+    fast = torch.compile(fn, dynamic=False)
+
+    @wraps(fn)
+    def op(*args):
+        return fast(*args) if torch.is_grad_enabled() else fn(*args)
+
+    return op
 
 
 def _interpreting() -> bool:

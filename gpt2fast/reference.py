@@ -19,7 +19,7 @@ IGNORE = -100  # a target that counts neither in the loss nor in the mean, as in
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
     """(..., C), (C,), (C,) -> (..., C)."""
-    return F.layer_norm(x, w.shape, w, b, eps).to(_compute_dtype(x))
+    return F.layer_norm(x, w.shape, w, b, eps).to(compute_dtype(x))
 
 
 def add_layer_norm(x: Tensor, y: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -60,12 +60,12 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int 
 def _padding_bias(w: Tensor, vocab_size: int | None, x: Tensor) -> Tensor | None:
     if vocab_size is None or vocab_size == w.shape[0]:
         return None
-    bias = torch.zeros(w.shape[0], dtype=_compute_dtype(x), device=w.device)
+    bias = torch.zeros(w.shape[0], dtype=compute_dtype(x), device=w.device)
     bias[vocab_size:] = float("-inf")
     return bias
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matmuls run in here: autocast's where it is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt2fast import checkpoint, config, ops, tokenizer
+from gpt2fast import auto, checkpoint, config, ops, tokenizer
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.device import autocast, pick_device, pick_precision
 from gpt2fast.errors import UserError, run_main
@@ -83,13 +83,16 @@ class SampleConfig:
 
 def load_run(folder: Path, device: torch.device) -> tuple[GPT, Path]:
     """The model of a run's newest checkpoint, and where that lies."""
-    settings = config.read_config(folder)
+    settings, resolved = config.read_record(folder)
     found = checkpoint.list_checkpoints(folder / "checkpoints")
     if not found:
         raise UserError(f"{folder} holds no checkpoint yet: let the run reach its first one")
     _, path = found[-1]
     checkpoint.read_state(path)
-    model = GPT(settings.model, ops.build(settings.implementations, device.type))
+    chosen = settings.implementations
+    if settings.backend == "auto":  # what was fastest in training, where this device has it
+        chosen = auto.recall(chosen, resolved["ops"], device.type) or chosen
+    model = GPT(settings.model, ops.build(chosen, device.type))
     checkpoint.load_model(path, model)
     return model.to(device), path
 

@@ -28,7 +28,7 @@ def header(s: Session, source: str) -> str:
         "run": f"{c.folder}, {source}" + (f", from step {s.step}" if s.step else ""),
         "device": f"{device_name(s.device)} ({s.device})",
         "precision": ", ".join(precision),
-        "ops": _ops(vars(c.implementations)),
+        "ops": _ops(vars(s.ops), s.times),
         "model": f"{m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, block {m.block_size}: {n:,} parameters",
         "tied head": f"one matrix for embedding and head saves {tied:,} parameters, {100 * tied / n:.0f}% of {n:,}",
         "data": f"{c.data} ({s.dataset.fingerprint}): {train:,} training tokens, {val:,} for validation",
@@ -119,11 +119,24 @@ def share(value: float | None) -> str:
     return "unknown" if value is None else f"{100 * value:.1f}%"
 
 
-def _ops(chosen: dict[str, str]) -> str:
+def _ops(chosen: dict[str, str], times: dict[str, dict[str, float | str]] | None) -> str:
+    """Who computes what; of --backend auto's choice a line an op, with what the others took."""
+    if times:
+        return "auto, forward + backward\n" + "\n".join(_choice(op, name, times.get(op)) for op, name in chosen.items())
     names = set(chosen.values())
-    return names.pop() if len(names) == 1 else ", ".join(f"{op}={name}" for op, name in chosen.items())
+    text = names.pop() if len(names) == 1 else ", ".join(f"{op}={name}" for op, name in chosen.items())
+    return text if times is None else f"auto: {text}"
+
+
+def _choice(op: str, name: str, results: dict[str, float | str] | None) -> str:
+    if results is None:
+        return f"{op}={name}, as --ops says"
+    others = {
+        other: "refused" if isinstance(ms, str) else f"{ms:.2f}" for other, ms in results.items() if other != name
+    }
+    return f"{op}={name} {results[name]:.2f} ms ({', '.join(f'{other} {ms}' for other, ms in others.items())})"
 
 
 def _table(rows: dict[str, str]) -> str:
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+    return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in rows.items())

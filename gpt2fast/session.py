@@ -4,28 +4,38 @@ So whatever cannot work (data, device, memory, a checkpoint that does not fit) i
 """
 
 import math
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from gpt2fast import checkpoint, config, corpus, data, flops, ops, optim, run, tokenizer
+from gpt2fast import auto, checkpoint, config, corpus, data, flops, ops, optim, run, tokenizer
 from gpt2fast.config import TrainConfig
 from gpt2fast.data import Dataset, Loader
 from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_tf32
 from gpt2fast.errors import RunError, UserError
+from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, parameter_count
+from gpt2fast.ops import OpsConfig
 from gpt2fast.step import TrainingStep
+
+COMPILE_FLOPS = 2e14  # five minutes on two good cores: a twentieth of it is what compiling costs, and gains
 
 
 @dataclass(kw_only=True)
 class Session:
-    """Everything a run works with. `step` counts finished optimizer steps, `seconds` the time they took."""
+    """Everything a run works with. `step` counts finished optimizer steps, `seconds` the time they took.
+
+    `ops` names an implementation for every op; `times` is what --backend auto measured for that, None without it.
+    """
 
     config: TrainConfig
     device: torch.device
     precision: Precision
     compile: bool
+    ops: OpsConfig
+    times: dict[str, dict[str, auto.Result]] | None
     dataset: Dataset
     train: Loader
     val: Loader | None
@@ -50,7 +60,8 @@ class Session:
             "device_name": device_name(self.device),
             "precision": self.precision,
             "compile": self.compile,
-            "ops": vars(self.config.implementations),
+            "ops": asdict(self.ops),
+            "auto": self.times,
             "parameters": parameter_count(self.model),
             "unigram_entropy": self.entropy,
             "data_fingerprint": self.dataset.fingerprint,
@@ -67,7 +78,7 @@ def prepare(c: TrainConfig) -> Session:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     c = config.resolve(c, memory)
     config.check(c)
-    implementation = ops.build(c.implementations, device.type)
+    ops.build(c.implementations, device.type)
     ops.check_sizes(c.implementations, c.model.n_embd, c.model.n_embd // c.model.n_head)
     if c.tensorboard:
         run.check_tensorboard()
@@ -79,13 +90,16 @@ def prepare(c: TrainConfig) -> Session:
     train = Loader(dataset.train, c.batch_size, c.seq_len, c.model.vocab_size, c.shuffle, c.seed)
 
     set_tf32(device, c.tf32)
-    model = GPT(c.model, implementation, c.seed).to(device)
-    compiled = device.type == "cuda" if c.compile == "auto" else c.compile == "on"
+    compiled = compiling_pays(c, device) if c.compile == "auto" else c.compile == "on"
+    choice = choose_ops(c, device, precision, compiled)
+    model = GPT(c.model, ops.build(choice.ops, device.type), c.seed).to(device)
     s = Session(
         config=c,
         device=device,
         precision=precision,
         compile=compiled,
+        ops=choice.ops,
+        times=choice.results if c.backend == "auto" else None,
         dataset=dataset,
         train=train,
         val=val_loader(c, dataset),
@@ -105,6 +119,42 @@ def prepare(c: TrainConfig) -> Session:
         load_checkpoint(s)
     rehearse(s)
     return s
+
+
+def compiling_pays(c: TrainConfig, device: torch.device) -> bool:
+    """On CUDA always; on a CPU in a long run, by its length from first to last step, so that a resumed one agrees."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    work = c.steps * c.total_batch * flops.flops_per_token(c.model, c.seq_len)
+    return work > COMPILE_FLOPS and any(map(shutil.which, ("g++", "clang++")))
+
+
+def choose_ops(c: TrainConfig, device: torch.device, precision: Precision, compiled: bool) -> auto.Choice:
+    """What --backend and --ops say; what they leave open is measured, or on --resume taken as it was."""
+    if c.backend != "auto":
+        return auto.Choice(ops=c.implementations, results={})
+    if c.resume and (choice := resumed_choice(c, device, precision, compiled)):
+        return choice
+    m = c.model
+    sizes = {"B": c.batch_size, "T": c.seq_len, "C": m.n_embd, "H": m.n_head, "V": m.padded_vocab_size}
+    work = Workload(**sizes, vocab_size=m.vocab_size, precision=precision, tf32=c.tf32, compiled=compiled)
+    try:
+        return auto.pick(c.ops, work, device)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(c) from None
+
+
+def resumed_choice(c: TrainConfig, device: torch.device, precision: Precision, compiled: bool) -> auto.Choice | None:
+    """The choice in config.json, so that the run goes on as it began; None if it was made for something else."""
+    before, resolved = config.read_record(c.folder)
+    now = {"device_name": device_name(device), "precision": precision, "compile": compiled}
+    same = before.backend == "auto" and before.tf32 == c.tf32 and all(resolved.get(name) == now[name] for name in now)
+    left_open = [op for op, given in asdict(c.ops).items() if given is None]
+    if not same or any(getattr(before.ops, op) for op in left_open):
+        return None
+    found = auto.recall(c.ops, resolved["ops"], device.type)
+    times = {op: results for op, results in resolved["auto"].items() if op in left_open}
+    return found and auto.Choice(ops=found, results=times)
 
 
 def open_data(c: TrainConfig) -> Dataset:
@@ -148,7 +198,7 @@ def load_checkpoint(s: Session) -> None:
 def rehearse(s: Session) -> None:
     """Compile the step, see that it fits into memory, time it, and look at the loss; the model stays as it is."""
     if s.compile:
-        print("compiling the training step, which takes about a minute ...", flush=True)
+        print("compiling the training step, which takes up to a minute ...", flush=True)
     accumulation = s.config.accumulation
     try:
         batch = next(s.train.batches(s.step * accumulation, s.device))

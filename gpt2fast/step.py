@@ -1,11 +1,13 @@
 """One optimizer step: micro-batches forward and backward, clipping, AdamW. Training and benchmarks both run this."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gpt2fast import optim
 from gpt2fast.device import Precision, autocast
 from gpt2fast.model import GPT
 
@@ -20,6 +22,20 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Module:
+    """The model by torch.compile, `mode` as there; it shares the weights of `model`, which stays uncompiled.
+
+    On a CPU block by block: all blocks share one compilation, so that it takes seconds and not a minute; and the
+    embedding's gradient stays sparse. Elsewhere whole, since launches and passes over memory weigh more there.
+    """
+    if device.type != "cpu":
+        return torch.compile(model, dynamic=False, mode=mode)
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.h = nn.ModuleList(torch.compile(block, dynamic=False, mode=mode) for block in model.h)
+    return twin
+
+
 class TrainingStep:
     """step(batches, lr) updates the model once and returns loss and gradient norm, without waiting for the device."""
 
@@ -32,12 +48,13 @@ class TrainingStep:
         accumulation: int = 1,
         grad_clip: float = 1.0,
         compile: bool = False,
+        mode: str | None = None,
     ):
         self.model, self.optimizer = model, optimizer
         self.precision, self.accumulation = precision, accumulation
         self.grad_clip = grad_clip or float("inf")
         self.device = model.wte.weight.device
-        self.forward = torch.compile(model, dynamic=False) if compile else model
+        self.forward = compiled(model, self.device, mode) if compile else model
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -60,11 +77,12 @@ class TrainingStep:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        norm = optim.clip(self.optimizer, self.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.grad_scale = None  # what clip left there
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm
 

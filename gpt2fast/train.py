@@ -184,6 +184,9 @@ def record(s: Session) -> dict[str, list]:
     if s.config.resume:
         old = json.loads(path.read_text())
         changed = config.changes(row["config"], old["config"])
+        was, now = old["resolved"]["ops"], row["resolved"]["ops"]
+        if s.config.backend == "auto" and was != now:  # on another device, say: the run goes on, not bit for bit
+            changed["auto"] = [was, now]
         row["resumes"] = [*old["resumes"], {"step": s.step, "date": row["machine"]["date"], "changed": changed}]
     write_atomic(path, json.dumps(row, indent=1))
     return changed

@@ -68,6 +68,30 @@ def test_flags():
     assert source == "preset gpt2"
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_backends(backend):
+    pytest.importorskip("tyro", reason="needs tyro for the command line")
+    c, _ = config.parse(["nano", "--backend", backend, "--ops.mlp", "compiled"], "nano")
+    assert c.implementations.mlp == "compiled"
+    assert c.implementations.linear == (None if backend == "auto" else backend)
+    assert PRESETS["nano"].backend == "torch"
+
+
+@pytest.mark.parametrize("flags", [["--backend", "compiled"], ["--backend", "fastest"], ["--ops.mlp", "auto"]])
+def test_no_such_backend(flags, capsys):
+    pytest.importorskip("tyro", reason="needs tyro for the command line")
+    with pytest.raises(SystemExit):
+        config.parse(["nano", *flags], "nano")
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_what_auto_became_is_read_back(tmp_path):
+    c = replace(PRESETS["nano"], backend="auto", ops=OpsConfig(mlp="compiled"))
+    text = json.dumps({"config": config.to_dict(c), "resolved": {"ops": {"mlp": "compiled"}}})
+    (tmp_path / "config.json").write_text(text)
+    assert config.read_record(tmp_path) == (c, {"ops": {"mlp": "compiled"}})
+
+
 def test_without_a_preset_the_header_says_which_was_taken():
     pytest.importorskip("tyro", reason="needs tyro for the command line")
     c, source = config.parse(["--steps", "5"], "nano")

@@ -4,8 +4,9 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 
-from gpt2fast import ops, reference
+from gpt2fast import cpu, ops, reference
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import NAMES, OpsConfig, build
@@ -33,19 +34,49 @@ def test_the_backend_fills_only_what_was_left_open():
     assert vars(config) == dict.fromkeys(NAMES, "triton") | {"attention": "torch"}
 
 
+def test_auto_leaves_open_what_was_left_open():
+    assert OpsConfig(attention="triton").with_backend("auto") == OpsConfig(attention="triton")
+
+
+def test_a_compiled_op_is_compiled_only_where_it_is_differentiated(monkeypatch):
+    seen = []
+
+    def compile(fn, **options):
+        seen.append((fn, options))
+        return lambda *args: "compiled"
+
+    monkeypatch.setattr(torch, "compile", compile)
+    mixed = build(OpsConfig(mlp="compiled"))
+    assert [options for _, options in seen] == [{"dynamic": False}]
+    torchs = build(OpsConfig())
+    assert (seen[0][0], mixed.linear) == (torchs.mlp, torchs.linear)
+    x, w, b = torch.ones(1, 4), torch.ones(4, 4), torch.ones(4)
+    assert mixed.mlp(x, w, b, w, b) == "compiled"
+    with torch.no_grad():
+        assert torch.equal(mixed.mlp(x, w, b, w, b), torchs.mlp(x, w, b, w, b))
+
+
+def test_compiled_ops_inside_a_compiled_step_are_one_graph():
+    compiled = build(OpsConfig().with_backend("compiled"))
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=64), compiled)
+    idx = torch.arange(8)[None]
+    torch.compile(model, fullgraph=True, backend="aot_eager")(idx, idx).backward()
+    assert model.wte.weight.grad is not None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_op_is_the_chosen_modules_function_of_that_name(name, kernels):
-    assert getattr(build(OpsConfig()), name) is getattr(reference, name)
-    assert getattr(build(OpsConfig().with_backend("torch")), name) is getattr(reference, name)
+    assert getattr(build(OpsConfig()), name) is getattr(cpu, name)
+    assert getattr(build(OpsConfig().with_backend("torch")), name) is getattr(cpu, name)
+    assert getattr(build(OpsConfig(), "cuda:1"), name) is getattr(build(OpsConfig(), "mps"), name)
+    assert getattr(build(OpsConfig(), "cuda"), name) is getattr(reference, name)
     assert getattr(build(OpsConfig().with_backend("triton")), name) is getattr(kernels, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_op_can_differ_from_all_others(name, kernels):
     mixed = build(OpsConfig(**{name: "triton"}))
-    assert {op: getattr(mixed, op) for op in NAMES} == {
-        op: getattr(kernels if op == name else reference, op) for op in NAMES
-    }
+    assert {op: getattr(mixed, op) for op in NAMES} == {op: getattr(kernels if op == name else cpu, op) for op in NAMES}
 
 
 def test_an_op_without_implementation_is_refused_by_name(kernels):
@@ -76,7 +107,7 @@ def test_triton_that_is_not_installed_is_refused(kernels, monkeypatch):
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package triton \(pip install triton.*--backend torch"):
         build(OpsConfig(linear="triton"))
-    assert build(OpsConfig()).linear is reference.linear
+    assert build(OpsConfig()).linear is cpu.linear
 
 
 def test_an_interpreter_that_cannot_run_them_is_refused(kernels):
@@ -108,7 +139,7 @@ def test_sizes_that_a_kernel_cannot_take_are_refused():
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(UserError, match="unknown implementation 'cuda'"):
+    with pytest.raises(UserError, match="unknown implementation 'cuda': it is torch, compiled or triton"):
         build(OpsConfig(linear="cuda"))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2fast import ops, reference
+from gpt2fast import cpu, ops, reference
 from gpt2fast.model import GPT, GPTConfig
 
 OPS = ops.build(ops.OpsConfig())
@@ -96,10 +96,11 @@ def test_every_name_has_a_formula_here():
     assert set(NAIVE) == set(ops.NAMES) == {case.values[0] for case in CASES}
 
 
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
 @pytest.mark.parametrize(("name", "shapes", "others"), CASES)
-def test_forward_and_every_gradient_are_the_formula_in_float64(name, shapes, others):
+def test_forward_and_every_gradient_are_the_formula_in_float64(name, shapes, others, module):
     expected = value_and_gradients(NAIVE[name], tensors(shapes), others)
-    got = value_and_gradients(getattr(reference, name), tensors(shapes), others)
+    got = value_and_gradients(getattr(module, name), tensors(shapes), others)
     # float64 in, float64 out, also for the loss: this file is the truth that kernels are measured against
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
@@ -182,7 +183,7 @@ def test_padded_rows_have_probability_and_gradient_zero(autocast):
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_a_model_of_these_ops_compiles_as_one_graph(autocast, device):
     config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=70)
-    model = GPT(config, OPS).to(device)
+    model = GPT(config, ops.build(ops.OpsConfig(), device.type)).to(device)
     idx = torch.randint(70, (2, 17), generator=torch.Generator().manual_seed(0)).to(device)
 
     def loss_and_gradients(forward) -> list[Tensor]:

@@ -9,7 +9,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from gpt2fast import checkpoint, optim, run, screen
+from gpt2fast import checkpoint, optim, run, screen, session
+from gpt2fast.config import PRESETS
 from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
 from gpt2fast.session import prepare
@@ -175,7 +176,7 @@ def test_gradients_are_clipped_and_the_norm_is_the_one_before():
     model = GPT(tiny.MODEL, build(OpsConfig()))
     seen = []
     optimizer = optim.adamw(model, 0.0)
-    optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone() for p in model.parameters()]))
+    optimizer.register_step_post_hook(lambda *_: seen.append([p.grad.clone() for p in model.parameters()]))
     step = TrainingStep(model, optimizer, precision="fp32", grad_clip=0.01)
     _, norm = step(iter(batches(1, 2)), lr=1e-3)
     assert norm > 0.02
@@ -309,3 +310,21 @@ def test_metrics_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     with run.Metrics(path, last_step=2) as rows:
         rows.write({"step": 3, "loss": 1.0})
     assert [row["step"] for row in run.read_metrics(path)] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "device", "pays"),
+    [
+        ("nano", 340, "cpu", False),
+        ("nano", 100_000, "cpu", True),
+        ("gpt2", 19073, "cpu", True),
+        ("nano", 1, "cuda", True),
+        ("gpt2", 19073, "mps", False),
+    ],
+)
+def test_compiling_is_for_cuda_and_for_long_runs_on_a_cpu(preset, steps, device, pays, monkeypatch):
+    monkeypatch.setattr(session.shutil, "which", lambda name: f"/bin/{name}" if name == "g++" else None)
+    c = replace(PRESETS[preset], steps=steps)
+    assert session.compiling_pays(c, torch.device(device)) is pays
+    monkeypatch.setattr(session.shutil, "which", lambda name: None)
+    assert session.compiling_pays(c, torch.device("cpu")) is False

@@ -1,0 +1,243 @@
+"""The six names for a CPU: torch's own operators, arranged for caches and memory. `reference` is what they mean.
+
+    linear, mlp            y = x w^T + b;  dx = dy w,  dw = dy^T x,  db = sum dy
+    attention              torch's flash attention forward. Backward, for a block of queries and some heads at a time,
+                           so that scores stay in the cache:  p = softmax(q k^T / sqrt(D)),  dv = p^T do,
+                           ds = p (do v^T - sum(do o)),  dq = ds k / sqrt(D),  dk = ds^T q / sqrt(D)
+    linear_cross_entropy   for a chunk of rows at a time: logits, softmax in their place, minus one at the target: that
+                           is their gradient, and dx and dw follow at once. Logits are never in fp32.
+
+Saves      linear: x and w in the compute dtype;  attention: qkv, o;  linear_cross_entropy: dx, dw.
+Numerics   As under autocast: products accumulate in fp32 and are rounded to the compute dtype; attention's backward
+           keeps scores, do v^T and the softmax in fp32, which torch's does too; the loss is fp32.
+Why        benchmarks/NOTES.md: what torch's own operators lose here, each measured.
+Sources    As in `reference`; recomputed scores: Dao et al. 2022, arXiv:2205.14135, algorithm 4.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from gpt2fast import reference
+from gpt2fast.reference import IGNORE, compute_dtype
+
+ROWS = 1024  # of logits in a chunk: 103 MB of bf16 at GPT-2's vocabulary
+QUERIES = 128  # in a block of attention's backward
+SCORES = 2**20  # in such a block: 4 MB of fp32, the L2 of two cores
+SAMPLES = 64  # columns of the logits that give logsumexp
+TINY = 1e-30  # bf16 probabilities below it may have lost bits
+
+layer_norm = reference.layer_norm
+add_layer_norm = reference.add_layer_norm
+
+
+def attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention on packed projections: (B, T, 3C) -> (B, T, C), heads of D = C / n_head side by side."""
+    return _Attention.apply(qkv.to(compute_dtype(qkv)), n_head)
+
+
+def mlp(x: Tensor, fc_w: Tensor, fc_b: Tensor, proj_w: Tensor, proj_b: Tensor) -> Tensor:
+    """(..., C), (F, C), (F,), (C, F), (C,) -> (..., C)."""
+    return linear(_gelu(linear(x, fc_w, fc_b)), proj_w, proj_b)
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """(..., I), (O, I), (O,) -> (..., O)."""
+    return _Linear.apply(x, w, b, compute_dtype(x))
+
+
+def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
+    """(N, C), (V, C), (N,) int64 -> the mean loss, fp32. Rows of `w` from `vocab_size` on are padding."""
+    gradients = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    return _LinearCrossEntropy.apply(x, w, targets, vocab_size or w.shape[0], compute_dtype(x), gradients)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """Under torch.compile as x sigmoid(2u): its vectorised tanh is three times as slow as its exp."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    y = x.to(_statistics_dtype(x))
+    two_u = math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y)
+    return (y * torch.sigmoid(two_u)).to(x.dtype)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)  # float64 stays, for tests
+
+
+def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(M, K), (K, N), (N,) -> (M, N).
+
+    oneDNN spreads a bf16 product over two threads if the output is wider than tall, or at least twice as tall as
+    wide, or large; what lies between (1024 x 768: all of GPT-2 124M's at B=4, T=256) gets one thread. So it is cut
+    into two that are wider than tall: 1.3 -> 2.4 TFLOP/s on two cores.
+    """
+    product = torch.mm if bias is None else lambda rows, b, **out: torch.addmm(bias, rows, b, **out)
+    M, N = a.shape[0], b.shape[1]
+    if a.dtype != torch.bfloat16 or not N <= M < 2 * N or M > 1536:
+        return product(a, b)
+    if torch.compiler.is_compiling():
+        return torch.cat([product(rows, b) for rows in a.chunk(2)])
+    y = a.new_empty(M, N)
+    for rows, part in zip(a.chunk(2), y.chunk(2)):
+        product(rows, b, out=part)
+    return y
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, w, b, dtype):
+        ctx.like = x.shape, x.dtype, w.dtype, None if b is None else b.dtype
+        x, w = x.reshape(-1, x.shape[-1]).to(dtype), w.to(dtype)
+        ctx.save_for_backward(x, w)
+        y = _matmul(x, w.t(), None if b is None else b.to(dtype))
+        return y.view(*ctx.like[0][:-1], w.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, w), (shape, x_dtype, w_dtype, b_dtype) = ctx.saved_tensors, ctx.like
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = _matmul(dy, w).view(shape).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dw = torch.mm(dy.t(), x).to(w_dtype) if ctx.needs_input_grad[1] else None
+        db = dy.sum(0).to(b_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx, qkv, n_head):
+        o = reference.attention(qkv, n_head)
+        ctx.save_for_backward(qkv, o)
+        ctx.n_head = n_head
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        return _attention_bwd(do, *ctx.saved_tensors, ctx.n_head), None
+
+
+@library.custom_op("gpt2fast::cpu_attention_bwd", mutates_args=())
+def _attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, n_head: int) -> Tensor:
+    """(B, T, C), (B, T, 3C), (B, T, C) -> the gradient of qkv. One operator, so that no compiler unrolls its loops."""
+    (B, T, C), H = o.shape, n_head
+    D, dtype = C // H, _statistics_dtype(qkv)
+    q, k, v = _heads(qkv, 3, D).reshape(3, B * H, T, D)
+    do, o = (_heads(x, 1, D).reshape(B * H, T, D) for x in (do, o))
+    q_, k_, v_, do_ = (x.to(dtype) for x in (q, k, v, do))
+    minus_delta = -(do_ * o).sum(-1, keepdim=True)  # (B H, T, 1)
+    scale = 1 / math.sqrt(D)
+    q_ = q_ * scale
+    d = qkv.new_zeros(3, B * H, T, D)
+    later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    heads = max(1, SCORES // (QUERIES * T))
+    for start in range(0, B * H, heads):
+        h = slice(start, start + heads)
+        for begin in range(0, T, QUERIES):
+            end = min(T, begin + QUERIES)
+            rows, keys = slice(begin, end), slice(0, end)
+            s = torch.bmm(q_[h, rows], k_[h, keys].mT)  # (heads, queries, keys)
+            s[:, :, rows].masked_fill_(later[: end - begin, : end - begin], -math.inf)
+            p = torch.softmax(s, -1)
+            ds = torch.baddbmm(minus_delta[h, rows], do_[h, rows], v_[h, keys].mT).mul_(p).to(qkv.dtype)
+            p = p.to(qkv.dtype)
+            d[0, h, rows].baddbmm_(ds, k[h, keys], alpha=scale)
+            d[1, h, keys].baddbmm_(ds.mT, q[h, rows], alpha=scale)
+            d[2, h, keys].baddbmm_(p.mT, do[h, rows])
+    dqkv = torch.empty_like(qkv)
+    _heads(dqkv, 3, D).copy_(d.view(3, B, H, T, D))
+    return dqkv
+
+
+@_attention_bwd.register_fake
+def _(do, qkv, o, n_head):
+    return torch.empty_like(qkv)
+
+
+def _heads(packed: Tensor, n: int, D: int) -> Tensor:
+    """(B, T, n H D) -> (n, B, H, T, D), a view."""
+    B, T, nHD = packed.shape
+    return packed.view(B, T, n, nHD // (n * D), D).permute(2, 0, 3, 1, 4)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx, x, w, targets, vocab_size, dtype, gradients):
+        loss, dx, dw = _linear_cross_entropy(x.to(dtype), w.to(dtype), targets, vocab_size, gradients)
+        ctx.save_for_backward(dx, dw, targets)
+        ctx.dtypes = x.dtype, w.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        dx, dw, targets = ctx.saved_tensors
+        scale = dloss / (targets != IGNORE).sum().clamp(min=1)
+        return *(_scaled(d, scale, dtype) for d, dtype in zip((dx, dw), ctx.dtypes)), None, None, None, None
+
+
+@library.custom_op("gpt2fast::cpu_linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, C), (V, C) of one dtype, (N,) -> the mean loss; dx and dw of the loss's sum (empty without `gradients`)."""
+    counted = targets != IGNORE
+    loss = x.new_zeros((), dtype=_statistics_dtype(x))
+    dx, dw = (torch.empty_like(x), w.new_empty(0)) if gradients else (x.new_empty(0), w.new_empty(0))
+    with torch.autocast("cpu", enabled=False):  # it would have softmax in fp32
+        for i, rows in enumerate(x.split(ROWS)):
+            chunk = slice(i * ROWS, i * ROWS + len(rows))
+            losses, p = _cross_entropy(rows, w, targets[chunk].where(counted[chunk], 0), vocab_size)
+            loss += losses.where(counted[chunk], 0).sum()
+            if gradients:
+                if not counted[chunk].all():
+                    p.mul_(counted[chunk, None])
+                dx[chunk] = _matmul(p, w)
+                part = torch.mm(p.t(), rows)
+                dw = part if len(x) <= ROWS else part.to(loss.dtype) if i == 0 else dw.add_(part)
+    return loss / counted.sum(), dx, dw
+
+
+@_linear_cross_entropy.register_fake
+def _(x, w, targets, vocab_size, gradients):
+    dtype = _statistics_dtype(x)
+    dx, dw = (torch.empty_like(x), torch.empty_like(w)) if gradients else (x.new_empty(0), w.new_empty(0))
+    return x.new_empty((), dtype=dtype), dx, dw if len(x) <= ROWS else dw.to(dtype)
+
+
+def _cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(M, C), (V, C), (M,) -> losses (M,) in fp32, and their gradients with respect to the logits (M, V).
+
+    torch has no operator that gives softmax and logsumexp, and one that gives either reads and writes all logits. But
+    logsumexp is logit - log p in any column; the rounding of p (2^-9 in bf16) is averaged away over some.
+    """
+    logits = torch.mm(x, w.t())
+    logits[:, vocab_size:] = -math.inf
+    dtype = _statistics_dtype(x)
+    columns = slice(0, vocab_size, max(1, vocab_size // SAMPLES))
+    some = logits[:, columns].to(dtype, copy=True)  # before softmax overwrites them
+    target = logits.gather(1, targets[:, None])[:, 0].to(dtype)
+    p = torch.softmax(logits, -1, out=logits)
+    some_p = p[:, columns].to(dtype)
+    if (some_p > TINY).all():
+        logsumexp = (some - some_p.log()).mean(1)
+    else:  # a column next to impossible, or NaN
+        logsumexp = torch.mm(x, w[:vocab_size].t()).to(dtype).logsumexp(1)
+    log_p = target - logsumexp
+    p[torch.arange(len(p)), targets] = torch.expm1(log_p).to(p.dtype)  # scatter_ would copy all of p
+    return -log_p, p
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale in `dtype`; eagerly a megabyte at a time, since torch first converts and then multiplies."""
+    if torch.compiler.is_compiling():
+        return (x.to(_statistics_dtype(x)) * scale).to(dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    for to, part in zip(y.split(ROWS), x.split(ROWS)):
+        to.copy_(part).mul_(scale)
+    return y

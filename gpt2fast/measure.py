@@ -1,0 +1,232 @@
+"""The implementations of one op against each other: first whether they are right, then how long they take.
+
+    verified   outputs and gradients against torch in exact fp32: at most twice as wrong as torch at the run's precision
+    timed      forward + backward: the candidates take turns, the median counts
+
+The inputs have the shapes and dtypes that the model gives the op in training; all are drawn, weights as at the start.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2fast import ops
+from gpt2fast.device import DTYPES, Precision, autocast, device_name
+from gpt2fast.errors import RunError
+from gpt2fast.model import EPS, INIT_STD
+from gpt2fast.ops import OpsConfig
+from gpt2fast.step import synchronize
+
+TIMES_WORSE = 2.0  # than torch, at the same precision
+FLOORS = {"fp32": 1e-5, "bf16": 4e-4, "fp16": 5e-5}  # of relative errors, where torch happens to make none
+SECONDS, ROUNDS = 0.25, 5  # an op is timed so long, and each candidate at least so often
+SAMPLE_SECONDS, CALLS = 0.01, 10  # calls between two clock readings: as many as fit, at most so many
+
+Result = float | str  # milliseconds, or why it is not taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a run asks of its ops: B sequences of T tokens, width C, H heads, a head of V rows; and how it computes."""
+
+    B: int
+    T: int
+    C: int
+    H: int
+    V: int
+    vocab_size: int
+    precision: Precision
+    tf32: bool
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: tensors that get gradients, other arguments, gradients of the outputs."""
+
+    leaves: list[Tensor]
+    others: tuple
+    cotangents: list[Tensor]
+
+    def exact(self) -> "Call":
+        """The same values in fp32."""
+        leaves = [x.detach().float().requires_grad_() for x in self.leaves]
+        return Call(leaves, self.others, [x.float() for x in self.cotangents])
+
+
+def calls(op: str, work: Workload, device: torch.device, B: int) -> list[Call]:
+    """The calls of `op` in a block, or in the model, with B sequences: shapes and dtypes as in training."""
+    generator = torch.Generator(device).manual_seed(0)  # the global one stays as it is
+    T, C, low, fp32 = work.T, work.C, DTYPES[work.precision], torch.float32
+
+    def normal(*shape: int, dtype: torch.dtype = low, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
+
+    def weights(*shapes: tuple[int, ...]) -> list[Tensor]:
+        return [normal(*shape, dtype=fp32, std=INIT_STD) for shape in shapes]
+
+    x = partial(normal, B, T, C)
+    if op in ("layer_norm", "add_layer_norm"):
+        w, b = weights((C,), (C,))
+        stream, add = x(dtype=fp32), op == "add_layer_norm"
+        outputs = [normal(B, T, C, dtype=fp32), x()] if add else [x()]
+        made = [([stream, x(), w + 1, b] if add else [stream, w + 1, b], (EPS,), outputs)]
+    elif op == "attention":
+        made = [([normal(B, T, 3 * C)], (work.H,), [x()])]
+    elif op == "mlp":
+        made = [([x(), *weights((4 * C, C), (4 * C,), (C, 4 * C), (C,))], (), [x()])]
+    elif op == "linear":  # in front of attention and behind it
+        made = [([x(), *weights((n, C), (n,))], (), [normal(B, T, n)]) for n in (3 * C, C)]
+    else:
+        targets = torch.randint(work.vocab_size, (B * T,), generator=generator, device=device)
+        loss = torch.tensor(float(B * T), device=device)  # gradients of the sum: those of the mean vanish in fp16
+        made = [([normal(B * T, C), *weights((work.V, C))], (targets, work.vocab_size), [loss])]
+    return [Call([x.requires_grad_() for x in leaves], others, outputs) for leaves, others, outputs in made]
+
+
+def run(fn: Callable, made: Sequence[Call], device: torch.device, precision: Precision) -> list[Tensor]:
+    """Outputs and gradients of each call."""
+    results = []
+    for call in made:
+        with autocast(device, precision):
+            outputs = fn(*call.leaves, *call.others)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = torch.autograd.grad(outputs, call.leaves, call.cotangents)
+        results += [*(x.detach() for x in outputs), *gradients]
+    return results
+
+
+def implementation(op: str, name: str, work: Workload, device: torch.device) -> Callable:
+    """As the run would use it: in a compiled step it is compiled."""
+    fn = getattr(ops.build(OpsConfig(**{op: name}), device.type), op)
+    return torch.compile(fn, dynamic=False) if work.compiled else fn
+
+
+def measure_op(op: str, names: Sequence[str], work: Workload, device: torch.device) -> dict[str, Result]:
+    """Verify, then time. Whoever fails gets a reason instead of a time; what torch raises is let out."""
+    functions, reasons = verify(op, names, work, device)
+    made = calls(op, work, device, work.B)
+    runs = {name: partial(run, fn, made, device, work.precision) for name, fn in functions.items()}
+    for name in functions:  # the last compilations; here a candidate may run out of memory
+        reason = attempt(op, name, device, runs[name])[1]
+        if reason:
+            reasons[name] = reason
+            del runs[name]
+    times = time_ms(runs, device)
+    return {name: reasons[name] if name in reasons else times[name] for name in names}
+
+
+def verify(
+    op: str, names: Sequence[str], work: Workload, device: torch.device
+) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The functions of those whose results are right, and the reasons against the others. torch comes first."""
+    functions, reasons = {}, {}
+    made, truth = exact_results(op, work, device)
+    allowed: list[float] = []
+    for name in names:
+        fn, reason = attempt(op, name, device, partial(implementation, op, name, work, device))
+        if not reason:
+            got, reason = attempt(op, name, device, partial(run, fn, made, device, work.precision))
+        if not reason:
+            wrong = errors(got, truth)
+            allowed = allowed or wrong
+            reason = verdict(got, made, wrong, allowed, FLOORS[work.precision])
+        if reason and name == "torch":
+            raise RunError(f"torch's own {op} fails on {device_name(device)}: {reason}: try another version of torch")
+        if reason:
+            reasons[name] = reason
+        else:
+            functions[name] = fn
+    return functions, reasons
+
+
+def exact_results(op: str, work: Workload, device: torch.device) -> tuple[list[Call], list[Tensor]]:
+    """Calls, and what torch makes of them in fp32 without TF32; of fewer sequences where memory is short."""
+    fn = getattr(ops.build(OpsConfig(), device.type), op)
+    B, precision = work.B, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        while True:
+            try:
+                made = calls(op, work, device, B)
+                return made, run(fn, [call.exact() for call in made], device, "fp32")
+            except torch.OutOfMemoryError:
+                if B == 1:
+                    raise
+            B //= 2
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def attempt(op: str, name: str, device: torch.device, call: Callable[[], Any]) -> tuple[Any, str]:
+    """(call(), ""), or (None, why) where it raises; torch's errors are let out. RunError if the device broke."""
+    try:
+        done = call()
+        synchronize(device)  # a kernel's error comes late
+        return done, ""
+    except Exception as error:  # a compiler's, a launch's, no memory: whatever it is, this candidate is out
+        if name == "torch":
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    try:
+        synchronize(device)
+    except RuntimeError:
+        raise RunError(f"{op} of {name} broke the device ({reason}): use --backend torch") from None
+    return None, reason
+
+
+def errors(got: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """|got - truth| / |truth| of each; NaN where shapes differ, or where something is not finite."""
+    return [
+        ((g.float() - t).norm() / t.norm().clamp(min=1e-20)).item() if g.shape == t.shape else math.nan
+        for g, t in zip(got, truth)
+    ]
+
+
+def verdict(
+    got: Sequence[Tensor], made: Sequence[Call], wrong: Sequence[float], allowed: Sequence[float], floor: float
+) -> str:
+    """What is wrong with results of these errors, "" if nothing is; `allowed` are torch's own."""
+    like = [x for call in made for x in (*call.cotangents, *call.leaves)]
+    for i, (g, x, mine, theirs) in enumerate(zip(got, like, wrong, allowed)):
+        if (g.shape, g.dtype) != (x.shape, x.dtype):
+            return f"result {i} is {g.dtype} {tuple(g.shape)} and should be {x.dtype} {tuple(x.shape)}"
+        if not mine <= TIMES_WORSE * theirs + floor:  # written so that NaN fails
+            return f"result {i} is wrong by {mine:.1e}, torch's by {theirs:.1e}"
+    return ""
+
+
+def time_ms(runs: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds a call. The candidates take turns, so that a drift of the clock hits all alike."""
+    seconds = {name: sample_ms(call, 1, device) / 1e3 for name, call in runs.items()}
+    repeats = {name: max(1, min(CALLS, int(SAMPLE_SECONDS / max(s, 1e-6)))) for name, s in seconds.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + SECONDS
+    while any(len(taken) < ROUNDS for taken in samples.values()) or time.perf_counter() < end:
+        for name, call in runs.items():
+            samples[name].append(sample_ms(call, repeats[name], device))
+    return {name: median(taken) for name, taken in samples.items()}
+
+
+def sample_ms(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Milliseconds a call, of `repeats` in a row: by the device's clock on CUDA."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return 1e3 * (time.perf_counter() - start) / repeats
+    stream = torch.cuda.current_stream(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(stream)
+    for _ in range(repeats):
+        call()
+    end.record(stream)
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
