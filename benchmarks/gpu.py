@@ -6,6 +6,8 @@
     ladder        tokens/s of gpt2 at B=64, T=1024, rung by rung
     profile       one compiled step's device time by group of kernels, beside the floor
     swaps         the ladder's best torch rung with one op of ours each
+    peers         the same step by others, and by ours
+    generate      tokens/s of our sample and of transformers' generate
     sanitize      memcheck and racecheck over the kernels at small shapes
 
 Each stage is a process of its own with its own limit. Rows are in DIR/gpu.jsonl as soon as they exist, and what a
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, kernels, ladder, step_profile
+from benchmarks import generate, harness, kernels, ladder, peers, step_profile
 from benchmarks import sanitize as sanitizer
 from gpt2fast import machine
 from gpt2fast.device import device_name
@@ -31,7 +33,7 @@ from gpt2fast.errors import UserError, run_main
 BUDGET = 540.0
 # seconds of a stage; and never past the budget: what has no time left is for another call, with --only
 LIMITS = {"environment": 60.0, "tests": 180.0, "kernels": 120.0, "ladder": 330.0, "profile": 120.0, "swaps": 400.0,
-          "sanitize": 400.0}  # fmt: skip
+          "peers": 540.0, "generate": 120.0, "sanitize": 400.0}  # fmt: skip
 RUNG_LIMIT = 110.0
 COPY_BYTES = 4 * 2**30
 # (M, N, K) of x (M, K) w^T (K, N): the usual yardstick, then GPT-2 124M's own at B=64, T=1024
@@ -108,6 +110,21 @@ def swaps(options: argparse.Namespace, device: torch.device) -> None:
     climb(options, device, ["fused", *ladder.SWAPS])
 
 
+def step_peers(options: argparse.Namespace, device: torch.device) -> None:
+    """One turn of each peer, its rows in the same file."""
+    arguments = ["--size", options.size, "--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len)]
+    arguments += ["--device", str(device), "--repetitions", "1", "--seconds", "5", "--limit", str(RUNG_LIMIT)]
+    if peers.main([*arguments, "--budget", str(options.limit - 15), "--file", str(options.out / "gpu.jsonl")]):
+        raise SystemExit(1)
+
+
+def texts(options: argparse.Namespace, device: torch.device) -> None:
+    """Ours and transformers', its rows in the same file."""
+    arguments = ["--size", options.size, "--device", str(device), "--repetitions", "1", "--limit", str(RUNG_LIMIT / 2)]
+    if generate.main([*arguments, "--file", str(options.out / "gpu.jsonl")]):
+        raise SystemExit(1)
+
+
 def sanitize(options: argparse.Namespace, device: torch.device) -> None:
     """compute-sanitizer's verdicts, a row for each tool."""
     rows = sanitizer.check_all(options.limit - 10, options.out)
@@ -120,7 +137,7 @@ def sanitize(options: argparse.Namespace, device: torch.device) -> None:
 
 STAGES = {
     "environment": environment, "tests": gpu_tests, "kernels": kernel_times, "ladder": climb, "profile": profiles,
-    "swaps": swaps, "sanitize": sanitize,
+    "swaps": swaps, "peers": step_peers, "generate": texts, "sanitize": sanitize,
 }  # fmt: skip
 
 
@@ -159,6 +176,8 @@ def summary(path: Path) -> str:
             lines.append(f"matmul      {row['tflops']['median']:,.0f} TFLOP/s bf16 at M, N, K = {row['shape']}")
         elif "passed" in row or "failed" in row:
             lines.append(f"{row['file']:<28}{row.get('passed', 0)} passed, {row.get('failed', 0)} failed")
+        elif row["suite"] in ("peers", "generate"):
+            lines.append(f"{row['name']:<36}{peers.describe(row)}")
         elif row["suite"] == "kernels":
             lines.append(kernels.describe(row))
         elif "groups" in row:

@@ -1,11 +1,11 @@
 """Single kernels against torch: `python -m benchmarks.kernels`.
 
-Each of our kernels, forward and forward + backward, beside eager torch, torch.compile and, for attention, every backend
-of scaled_dot_product_attention, at GPT-2's shapes for four sizes and, for attention, at T from 1k to 16k with the same
-number of tokens. First the results are compared: against fp32 arithmetic on the same inputs, nobody may be more than
-twice as wrong as eager torch; who is, is not timed. Then medians over a tenth of a second, L2 flushed before each call
-(triton.testing.do_bench), as GB/s of the bytes that must move, or TFLOP/s of the products that must be made, and as the
-share of what this device copied and multiplied in the same run.
+Each of our kernels, forward and forward + backward, beside eager torch, torch.compile, Liger's kernels where they are
+installed and, for attention, every backend of scaled_dot_product_attention, at GPT-2's shapes for four sizes and, for
+attention, at T from 1k to 16k with the same number of tokens. First the results are compared: against fp32 arithmetic
+on the same inputs, nobody may be more than twice as wrong as eager torch; who is, is not timed. Then medians over a
+tenth of a second, L2 flushed before each call (triton.testing.do_bench), as GB/s of the bytes that must move, or
+TFLOP/s of the products that must be made, and as the share of what this device copied and multiplied in the same run.
 
 On a CPU the torch providers run at a small size: the figures say nothing about a GPU, but the program is tried.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -132,6 +133,8 @@ def providers(case: Case, device: torch.device) -> dict[str, Callable]:
     found = {"eager": case.fn, "compile": torch.compile(case.fn, dynamic=False)}
     if case.op == "attention":
         found |= {f"sdpa {name}": partial(_sdpa, backend) for name, backend in SDPA.items() if device.type == "cuda"}
+    if device.type == "cuda" and find_spec("liger_kernel") and case.op in LIGER:
+        found["liger"] = LIGER[case.op]
     try:
         build(OpsConfig().with_backend("triton"), device.type)
     except UserError:
@@ -139,6 +142,33 @@ def providers(case: Case, device: torch.device) -> dict[str, Callable]:
     from gpt2fast import kernels
 
     return found | {"triton": getattr(kernels, case.op)}
+
+
+def _liger_layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(x, w, b, eps)
+
+
+def _liger_cross_entropy(x: Tensor, targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+    """It knows no padding, so padded logits are made what they count as; and it writes its gradient over x."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    x.detach()[:, vocab_size:] = float("-inf")
+    return liger_cross_entropy(x, targets, ignore_index=ignore_index)
+
+
+def _liger_linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(x, w[:vocab_size], targets)
+
+
+LIGER = {
+    "layer_norm": _liger_layer_norm,
+    "cross_entropy": _liger_cross_entropy,
+    "linear_cross_entropy": _liger_linear_cross_entropy,
+}
 
 
 def _sdpa(backend: SDPBackend, qkv: Tensor, n_head: int) -> Tensor:
@@ -183,8 +213,9 @@ def measure(case: Case, device: torch.device, ceilings: dict[str, float]) -> Ite
     """A row for each provider and direction; a row that says why where there is nothing to time."""
     truth: list[Tensor] = []
     allowed: list[float] = []
-    inputs = case.inputs(device)
     for name, fn in providers(case, device).items():
+        torch.manual_seed(0)
+        inputs = case.inputs(device)  # each its own, the same: one may write over them
         common = {"op": case.op, "size": case.size, "shape": case.shape, "dtype": "bf16", "provider": name}
         try:
             truth = truth or once(case.fn, [x.float() for x in inputs], case.others, backward=True)
