@@ -1,15 +1,16 @@
-"""Raw rows -> the README's tables: `python -m benchmarks.report`.
+"""Raw rows -> the README's tables and the plots: `python -m benchmarks.report`; with `--check` it writes nothing.
 
 A table stands between <!-- name --> and <!-- /name -->, is made of the rows under results/, and never edited by hand; a
-test holds that README and rows agree.
+test holds that README, plots and rows agree. To have a plot drawn anew although its rows are the same, delete it.
 """
 
-import json
+import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, plots
+from benchmarks.rows import UNMEASURED, Group, compared, groups, latest, number, origin, reason, rows_of, rung
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.files import write_atomic
 
@@ -29,20 +30,131 @@ def aot_table(rows: Sequence[dict]) -> str:
                 seen.add(row["kernel"])
                 cell = f"{row['registers']}, {row['shared'] / 1024:.0f} KiB"
                 found.setdefault((row["kernel"], residual, row["num_warps"]), []).append(cell)
-    lines = ["| kernel | " + " | ".join(f"sm_{arch}" for arch in ARCHITECTURES) + " |"]
-    lines.append("|---" * (len(ARCHITECTURES) + 1) + "|")
-    for (kernel, residual, warps), cells in found.items():
-        lines.append(f"| `{kernel}`{residual}, {warps} warps | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return table(
+        ["kernel", *(f"sm_{arch}" for arch in ARCHITECTURES)],
+        ([f"`{kernel}`{residual}, {warps} warps", *cells] for (kernel, residual, warps), cells in found.items()),
+    )
 
 
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in line) + " |" for line in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+
+
+def sections(results: Path, suite: str, show: Callable[[Group], str], kinds: Sequence[str] = ("GPU", "CPU")) -> str:
+    """What was measured, configuration by configuration, and on what nothing was."""
+    found = groups(results, suite)
+    parts = []
+    for kind in kinds:
+        of_kind = [group for group in found if (group.gpu is None) == (kind == "CPU")]
+        parts += [f"**{group.title}** ({group.origin})\n\n{show(group)}" for group in of_kind]
+        parts += [] if of_kind else [UNMEASURED.format(kind)]
+    return "\n\n".join(parts)
+
+
+def ladder_table(group: Group) -> str:
+    rows = latest(group.rows, "rung")
+    base = next((row["tokens_per_s"]["median"] for row in rows if row["status"] == "ok"), None)
+    lines = []
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append([rung(row), reason(row), "", "", "", ""])
+            continue
+        speed, differ = row["tokens_per_s"], "" if row["agrees"] is not False else " (losses differ)"
+        spread = f"{number(speed['median'])} ({number(speed['p20'])} to {number(speed['p80'])})"
+        tail = [number(row["ms"]["median"]), number(row["peak_memory"] / 1e9), share(row["mfu"])]
+        lines.append([rung(row) + differ, spread, *tail, f"{speed['median'] / base:.2f}"])
+    return table(["rung", "tokens/s (20th to 80th percentile)", "ms", "peak GB", "MFU", "x the first"], lines)
+
+
+def share(of_peak: float | None) -> str:
+    return "unknown" if of_peak is None else f"{of_peak:.1%}"
+
+
+def peers_table(group: Group) -> str:
+    return compared_table(group, "step", "ms", "ms", mfu=True)
+
+
+def generate_table(group: Group) -> str:
+    return compared_table(group, "program", "ms a token", "ms_per_token", mfu=False)
+
+
+def compared_table(group: Group, what: str, unit: str, ms: str, mfu: bool) -> str:
+    """Ours in bold."""
+    lines = []
+    for each in compared(group.rows, ms):
+        name = f"**{each['name']}**" if each["ours"] else each["name"]
+        if each["why"]:
+            lines.append([name, each["why"], "", "", *([""] if mfu else []), ""])
+            continue
+        name += "" if each["agrees"] else " (losses differ)"
+        name += f" ({each['failed']} of {each['failed'] + each['runs']} did not run)" if each["failed"] else ""
+        spread = f" ({number(each['low'])} to {number(each['high'])})" if each["runs"] > 1 else ""
+        tail = [number(each["ms"]), number(each["peak_memory"] / 1e9), *([share(each["mfu"])] if mfu else [])]
+        times = f"{each['times']:.2f}" if each["times"] else ""
+        lines.append([name, number(each["tokens_per_s"]) + spread, *tail, times])
+    head = [what, "tokens/s (lowest to highest run)", unit, "peak GB", *(["MFU"] if mfu else []), "x the best opponent"]
+    return table(head, lines)
+
+
+def kernels_tables(results: Path) -> str:
+    """At gpt2's shapes, our kernel beside the best of the others; rows of a CPU only try the program."""
+    folders: dict[str, list[Group]] = {}
+    for group in groups(results, "kernels"):
+        if group.gpu and group.config["size"] == "gpt2":
+            folders.setdefault(group.folder, []).append(group)
+    parts = []
+    for found in folders.values():
+        found = shortest(found)
+        rows = [row for group in found for row in group.rows]
+        ceilings = rows[-1]["ceilings"]
+        measured = f"copies {number(ceilings['gb_per_s'])} GB/s and multiplies {number(ceilings['tflops'])} TFLOP/s"
+        parts.append(f"**gpt2, bf16 on {found[0].device}** ({origin(rows)}; it {measured})\n\n{kernels_table(found)}")
+    return "\n\n".join(parts or [UNMEASURED.format("GPU")])
+
+
+def shortest(found: Sequence[Group]) -> list[Group]:
+    """Each op at one shape: attention, which is measured at many T, at the smallest, GPT-2's own."""
+    ops: dict[str, Group] = {}
+    for group in found:
+        op, T = group.config["op"], group.config["shape"].get("T", 0)
+        if op not in ops or ops[op].config["shape"].get("T", 0) > T:
+            ops[op] = group
+    return list(ops.values())
+
+
+def kernels_table(found: Sequence[Group]) -> str:
+    lines = []
+    for group in found:
+        rows = latest(group.rows, "provider", "direction")
+        for direction, words in (("forward", "forward"), ("both", "forward + backward")):
+            mine = [row for row in rows if row["provider"] == "triton"]
+            ours = next((row for row in mine if row["direction"] == direction), mine[-1] if mine else None)
+            others = [row for row in rows if row["provider"] != "triton" and row["direction"] == direction]
+            best = min(
+                (row for row in others if row["status"] == "ok"), key=lambda row: row["ms"]["median"], default=None
+            )
+            theirs = f"{number(best['ms']['median'])} ({best['provider']})" if best else "none ran"
+            line = [f"`{group.config['op']}`, {words}"]
+            if ours is None or ours["status"] != "ok" or ours["direction"] != direction:
+                why = reason(ours) if ours and ours["status"] != "ok" else "not measured"
+                lines.append([*line, why, theirs, "", ""])
+                continue
+            ms = ours["ms"]["median"]
+            times = f"{best['ms']['median'] / ms:.2f}" if best else ""
+            lines.append([*line, number(ms), theirs, times, f"{ours['share']:.0%}"])
+    return table(["kernel", "ours, ms", "best opponent, ms", "x the best opponent", "share of the ceiling"], lines)
 
 
 def tables(results: Path = harness.RESULTS) -> dict[str, str]:
     """Every table by the name of its markers."""
-    return {"aot": aot_table(rows_of(results / "aot.jsonl"))}
+    return {
+        "ladder": sections(results, "ladder", ladder_table),
+        "peers": sections(results, "peers", peers_table),
+        "kernels": kernels_tables(results),
+        "generate": sections(results, "generate", generate_table),
+        "aot": aot_table(rows_of(results / "aot.jsonl")),
+    }
 
 
 def fill(text: str, name: str, table: str) -> str:
@@ -54,13 +166,35 @@ def fill(text: str, name: str, table: str) -> str:
     return f"{before}{start}{table}\n{end}{after}"
 
 
+def update(root: Path, check: bool) -> list[str]:
+    """What did not match the rows under `root`; now it does, unless this is only to be checked."""
+    results, readme, folder = (root / name for name in ("benchmarks/results", "README.md", "benchmarks/plots"))
+    before = text = readme.read_text(encoding="utf-8")
+    stale = []
+    for name, made in tables(results).items():
+        filled = fill(text, name, made)
+        stale += [f"README.md, table {name}"] if filled != text else []
+        text = filled
+    if text != before and not check:
+        write_atomic(readme, text)
+    for name, plot in plots.PLOTS.items():
+        path, data = folder / f"{name}.png", plot.data(results)
+        if plots.fingerprint_in(path) != plots.fingerprint(data):
+            stale.append(f"{path.relative_to(root)}")
+            if not check:
+                folder.mkdir(exist_ok=True)
+                write_atomic(path, plots.png(plot, data))
+    return stale
+
+
 def main(argv: Sequence[str]) -> int:
-    path = harness.ROOT / "README.md"
-    text = path.read_text()
-    for name, table in tables().items():
-        text = fill(text, name, table)
-    write_atomic(path, text)
-    return 0
+    p = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    p.add_argument("--check", action="store_true", help="write nothing; exit code 1 and a list if anything is stale")
+    check = p.parse_args(argv).check
+    stale = update(harness.ROOT, check)
+    for what in stale:
+        print(f"{what}: {'not what the rows say' if check else 'made anew'}")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

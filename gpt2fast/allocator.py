@@ -19,6 +19,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL("libc.so.6").mallopt
+    # -1 is never; the largest number, 2 GB, would trim the heap of a gpt2 step each time
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 * 2**20))
     done = [mallopt(option, value) for option, value in settings]
     return all(done)

@@ -1,7 +1,8 @@
-"""Seeded faults in the kernels, each of which some test must catch: `python tests/mutants.py [--only TEXT]`.
+"""Seeded faults in the kernels and in cpu.py, which tests must catch: `python tests/mutants.py [--only TEXT]`.
 
-A mutant is one replacement in one file of kernels/. For each, the tree is copied, the replacement made, and the tests
-of that kernel run until one fails. A mutant that survives is a hole in the tests: the exit code is 1.
+A mutant is one replacement in one file of kernels/, or in gpt2fast/cpu.py. For each, the tree is copied, the
+replacement made, and the tests of that file run until one fails. A mutant that survives is a hole in the tests: the
+exit code is 1.
 """
 
 import argparse
@@ -18,7 +19,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 class Mutant(NamedTuple):
-    file: str  # of kernels/
+    file: str  # of kernels/; or cpu, of gpt2fast/
     old: str
     new: str
     why: str
@@ -111,8 +112,32 @@ MUTANTS = [
     Mutant("mlp", "F.linear(x, fc_w)", "F.linear(x, fc_w, fc_b)", "bias added twice"),
     Mutant("registration", "tensor.to(torch.get_autocast_dtype(device))", "tensor", "autocast ignored",
            "test_kernels.py"),
+    Mutant("cpu", "s[:, :, rows].masked_fill_", "s[:, :, rows].masked_fill", "the future is seen"),
+    Mutant("cpu", "d[0, h, rows].baddbmm_(ds, k[h, keys], alpha=scale)", "d[0, h, rows].baddbmm_(ds, k[h, keys])",
+           "dq without its scale"),
+    Mutant("cpu", "q_ = q_ * scale", "q_ = q_", "scores without their scale"),
+    Mutant("cpu", "minus_delta = -(do_ * o)", "minus_delta = 0 * (do_ * o)", "no delta"),
+    Mutant("cpu", "h = slice(start, start + heads)", "h = slice(0, heads)", "the first heads, again and again"),
+    Mutant("cpu", "d[1, h, keys].baddbmm_(", "d[1, h, keys].baddbmm_(beta=0, batch1=", "dk of the last block only"),
+    Mutant("cpu", "s = torch.bmm(q_[h, rows], k_[h, keys].mT)",
+           "s = torch.bmm(q_[h, rows].bfloat16(), k_[h, keys].mT.bfloat16()).to(dtype)", "scores rounded to bf16"),
+    Mutant("cpu", "logits[:, vocab_size:] = -math.inf", "logits[:, vocab_size:] = 0", "padding has a probability"),
+    Mutant("cpu", "torch.expm1(log_p).to(p.dtype)", "torch.exp(log_p).to(p.dtype)", "p and not p - 1 at the target"),
+    Mutant("cpu", "copy=True)", "copy=False)", "logits are read after softmax has overwritten them"),
+    Mutant("cpu", "if (some_p > TINY).all():", "if True:", "log of a probability that is zero"),
+    Mutant("cpu", "if not counted[chunk].all():", "if False:", "ignored targets have gradients"),
+    Mutant("cpu", "dw.add_(part)", "part", "dw of the last chunk only"),
+    Mutant("cpu", "scale = dloss / (targets != IGNORE).sum().clamp(min=1)", "scale = dloss / len(targets)",
+           "ignored targets count in the mean"),
+    Mutant("cpu", "dy.sum(0)", "dy[:-1].sum(0)", "the last row is not in db"),
+    Mutant("cpu", "zip(a.chunk(2), y.chunk(2))", "zip(a.chunk(2)[:1], y.chunk(2))", "half of the rows is not written"),
 ]  # fmt: skip
 OWN = {"attention_tiles": "test_attention.py", "launch": "test_attention.py"}
+
+
+def source(mutant: Mutant) -> Path:
+    """Its file, from the checkout's root."""
+    return Path("gpt2fast" if mutant.file == "cpu" else "kernels") / f"{mutant.file}.py"
 
 
 def survives(mutant: Mutant) -> str | None:
@@ -122,7 +147,7 @@ def survives(mutant: Mutant) -> str | None:
         for name in ("gpt2fast", "kernels", "benchmarks", "tests"):
             shutil.copytree(CHECKOUT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
         shutil.copy(CHECKOUT / "pyproject.toml", tree)
-        path = tree / "kernels" / f"{mutant.file}.py"
+        path = tree / source(mutant)
         parts = path.read_text().split(mutant.old)
         if len(parts) < mutant.nth + 2:
             return f"{path.name} has no {mutant.old!r}"

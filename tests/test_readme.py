@@ -18,6 +18,10 @@ SHORT = {
     "gpt2fast.sample": "--tokens 3",
     "gpt2fast.prepare": "",
     "benchmarks.ladder": "--steps 1 --warmup 1 --rungs fp32 --batch-size 1 --seq-len 32 --out rows",
+    "benchmarks.peers": "--size nano --device cpu --batch-size 1 --seq-len 32 --steps 1 --warmup 1 --seconds 0.1 "
+    "--repetitions 1 --file rows/peers.jsonl --peers 'torch eager'",
+    "benchmarks.generate": "--size nano --tokens 3 --prompt 3 --repetitions 1 --file rows/texts.jsonl",
+    "benchmarks.report": "--check",  # and not a README written by a test
     "benchmarks.kernels": "--op gelu --tokens 64 --file rows/kernels.jsonl",
     "benchmarks.aot": "--arch 90 --case '124M gelu'",
     "benchmarks.gpu": "",
