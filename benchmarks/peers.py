@@ -27,7 +27,7 @@ from benchmarks import harness, textbook
 from benchmarks.ladder import LEARNING_RATE, LOSSES, agrees, describe, endless_batches
 from gpt2fast import auto, flops, machine, ops, optim
 from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.device import autocast, device_name, pick_device, pick_precision, set_tf32
+from gpt2fast.device import autocast, device_name, pick_device, pick_precision, set_tf32, use_allowed_cores
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, SIZES, GPTConfig
@@ -122,6 +122,7 @@ def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: in
     """Train as this peer does and time each step."""
     if why := refusal(peer, device):
         return {"status": "skipped", "why": why}
+    use_allowed_cores()  # for all: a number of threads is nobody's merit
     if device.type == "cpu" and (peer.ours or peer.allocator):
         keep_freed_memory()
     config = replace(SIZES[work.size], block_size=max(work.T, SIZES[work.size].block_size))

@@ -1,6 +1,7 @@
 """Which device, and in which precision: decided once, at start-up, from what is there."""
 
 import contextlib
+import os
 import platform
 from pathlib import Path
 from typing import Literal
@@ -83,6 +84,29 @@ def set_tf32(device: torch.device, on: bool) -> None:
     """fp32 matmuls on CUDA tensor cores with 10 mantissa bits, or exact."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
+
+
+def use_allowed_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> None:
+    """No more threads than a container's CPU quota keeps busy. torch counts the machine's cores and knows no quota; and
+    threads that wait for their share make all others wait. A user's OMP_NUM_THREADS is left alone.
+    """
+    quota = cpu_quota(cgroup)
+    if quota is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), round(quota))))
+
+
+def cpu_quota(cgroup: Path) -> float | None:
+    """Cores' worth of time that Linux's control groups (version 2, or 1) grant this process; None: all there is."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def device_name(device: torch.device) -> str:

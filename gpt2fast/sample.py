@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpt2fast import auto, checkpoint, config, ops, tokenizer
 from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.device import autocast, pick_device, pick_precision
+from gpt2fast.device import autocast, pick_device, pick_precision, use_allowed_cores
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.model import GPT
 
@@ -107,6 +107,7 @@ def main(argv: Sequence[str]) -> None:
         if not getattr(options, name) >= least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least {least}")
     keep_freed_memory()
+    use_allowed_cores()
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     model, path = load_run(options.run, device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt2fast import checkpoint, config, machine, optim, plot, run
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.config import TrainConfig
-from gpt2fast.device import autocast
+from gpt2fast.device import autocast, use_allowed_cores
 from gpt2fast.errors import RunError, run_main
 from gpt2fast.files import write_atomic
 from gpt2fast.run import Interrupt
@@ -225,6 +225,7 @@ def train(c: TrainConfig, source: str = "settings as given") -> int:
 
 def main(argv: Sequence[str]) -> int:
     keep_freed_memory()
+    use_allowed_cores()
     settings, source = config.parse(argv, "gpt2" if torch.cuda.is_available() else "nano")
     return train(settings, source)
 
