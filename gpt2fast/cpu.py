@@ -122,7 +122,7 @@ class _Attention(Function):
         return _attention_bwd(do, *ctx.saved_tensors, ctx.n_head), None
 
 
-@library.custom_op("gpt2fast::cpu_attention_bwd", mutates_args=())
+@library.custom_op("gpt2fast_cpu::attention_bwd", mutates_args=())
 def _attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, n_head: int) -> Tensor:
     """(B, T, C), (B, T, 3C), (B, T, C) -> the gradient of qkv. One operator, so that no compiler unrolls its loops."""
     (B, T, C), H = o.shape, n_head
@@ -181,7 +181,7 @@ class _LinearCrossEntropy(Function):
         return *(_scaled(d, scale, dtype) for d, dtype in zip((dx, dw), ctx.dtypes)), None, None, None, None
 
 
-@library.custom_op("gpt2fast::cpu_linear_cross_entropy", mutates_args=())
+@library.custom_op("gpt2fast_cpu::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

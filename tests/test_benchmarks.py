@@ -264,7 +264,7 @@ def test_stages_share_the_budget_and_a_crash_loses_nothing(tmp_path, capsys, mon
 
     monkeypatch.setattr(harness, "run_apart", run_apart)
     rows = gpu.run_stages(options(tmp_path), list(gpu.STAGES))
-    assert [row["status"] for row in rows] == ["ok", "failed"] + ["ok"] * 5
+    assert [row["status"] for row in rows] == ["ok", "failed"] + ["ok"] * 7
     assert [name for name, _ in seen] == list(gpu.STAGES)
     assert all(limit <= 120 for _, limit in seen)
     assert [row["stage"] for row in rows_of(tmp_path)] == list(gpu.STAGES)
