@@ -20,7 +20,7 @@ FLOOR_MS = 76.4  # gpt2, B=64, T=1024, on an H200: matmuls at 790 TFLOP/s, the r
 # The first pattern that fits a kernel's name decides. Names of cuBLAS, cuDNN, CUTLASS, ATen, Inductor, and our own.
 GROUPS = {
     "attention": r"flash|fmha|sdpa|attention",
-    "matmul": r"gemm|nvjet|splitk|triton_tem|cutlass|xmma|cublas|matmul|linear_kernel|aten::(mm|addmm|b(add)?bmm_?)$|mkldnn",
+    "matmul": r"gemm|nvjet|splitk|triton_tem|cutlass|xmma|cublas|matmul|linear_kernel|aten::(b|add|baddb)?mm_?$|mkldnn",
     "optimizer": r"adam|multi_tensor_apply|lpnorm|foreach|linalg_vector_norm|aten::dot",
     "cross-entropy": r"softmax|nll|cross_entropy|logsumexp",
     "layer norm": r"layer_?norm|gammabeta",

@@ -1,20 +1,23 @@
 """The six names for a CPU: torch's own operators, arranged for caches and memory. `reference` is what they mean.
 
     linear, mlp            y = x w^T + b;  dx = dy w,  dw = dy^T x,  db = sum dy
-    attention              torch's flash attention forward. Backward, for a block of queries and some heads at a time,
-                           so that scores stay in the cache:  p = softmax(q k^T / sqrt(D)),  dv = p^T do,
-                           ds = p (do v^T - sum(do o)),  dq = ds k / sqrt(D),  dk = ds^T q / sqrt(D)
+    attention              torch's flash attention forward, which also gives logsumexp. Backward, for a block of queries
+                           and some heads at a time, so that scores stay in the cache:
+                           p = exp(q k^T / sqrt(D) - logsumexp),  ds = p (do v^T - sum(do o)),
+                           dv = p^T do,  dq = ds k / sqrt(D),  dk = ds^T q / sqrt(D)
     linear_cross_entropy   for a chunk of rows at a time: logits, softmax in their place, minus one at the target: that
                            is their gradient, and dx and dw follow at once. Logits are never in fp32.
 
-Saves      linear: x and w in the compute dtype;  attention: qkv, o;  linear_cross_entropy: dx, dw.
+Saves      linear: x and w in the compute dtype;  attention: qkv, o, logsumexp;  linear_cross_entropy: dx, dw.
 Numerics   As under autocast: products accumulate in fp32 and are rounded to the compute dtype; attention's backward
-           keeps scores, do v^T and the softmax in fp32, which torch's does too; the loss is fp32.
+           keeps scores, do v^T and p in fp32, which torch's does too; the loss is fp32.
 Why        benchmarks/NOTES.md: what torch's own operators lose here, each measured.
 Sources    As in `reference`; recomputed scores: Dao et al. 2022, arXiv:2205.14135, algorithm 4.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,7 @@ from gpt2fast.reference import IGNORE, compute_dtype
 
 ROWS = 1024  # of logits in a chunk: 103 MB of bf16 at GPT-2's vocabulary
 QUERIES = 128  # in a block of attention's backward
+LONGEST = 512  # sequence for which this beats torch's backward
 SCORES = 2**20  # in such a block: 4 MB of fp32, the L2 of two cores
 SAMPLES = 64  # columns of the logits that give logsumexp
 TINY = 1e-30  # bf16 probabilities below it may have lost bits
@@ -111,41 +115,50 @@ class _Linear(Function):
 class _Attention(Function):
     @staticmethod
     def forward(ctx, qkv, n_head):
-        o = reference.attention(qkv, n_head)
-        ctx.save_for_backward(qkv, o)
+        (B, T, C3), D = qkv.shape, qkv.shape[-1] // (3 * n_head)
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads(qkv, 3, D), is_causal=True)
+        o = o.transpose(1, 2).reshape(B, T, C3 // 3)
+        ctx.save_for_backward(qkv, o, lse)
         ctx.n_head = n_head
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        return _attention_bwd(do, *ctx.saved_tensors, ctx.n_head), None
+        qkv, o, lse = ctx.saved_tensors
+        if qkv.shape[1] <= LONGEST:
+            return _attention_bwd(do, qkv, o, lse, ctx.n_head), None
+        D = o.shape[-1] // ctx.n_head
+        (do,), (o,), (q, k, v) = _heads(do, 1, D), _heads(o, 1, D), _heads(qkv, 3, D)
+        d = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, True)
+        return torch.stack(d).permute(1, 3, 0, 2, 4).reshape(qkv.shape), None
 
 
 @library.custom_op("gpt2fast_cpu::attention_bwd", mutates_args=())
-def _attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, n_head: int) -> Tensor:
-    """(B, T, C), (B, T, 3C), (B, T, C) -> the gradient of qkv. One operator, so that no compiler unrolls its loops."""
+def _attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: int) -> Tensor:
+    """(B, T, C), (B, T, 3C), (B, T, C), (B, H, T) -> the gradient of qkv. One operator, so that no compiler unrolls
+    its loops."""
     (B, T, C), H = o.shape, n_head
     D, dtype = C // H, _statistics_dtype(qkv)
+    scale = 1 / math.sqrt(D)
     q, k, v = _heads(qkv, 3, D).reshape(3, B * H, T, D)
     do, o = (_heads(x, 1, D).reshape(B * H, T, D) for x in (do, o))
     q_, k_, v_, do_ = (x.to(dtype) for x in (q, k, v, do))
-    minus_delta = -(do_ * o).sum(-1, keepdim=True)  # (B H, T, 1)
-    scale = 1 / math.sqrt(D)
-    q_ = q_ * scale
+    minus_lse, minus_delta = -lse.reshape(B * H, T, 1), -(do_ * o).sum(-1, keepdim=True)
     d = qkv.new_zeros(3, B * H, T, D)
-    later = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
     heads = max(1, SCORES // (QUERIES * T))
     for start in range(0, B * H, heads):
         h = slice(start, start + heads)
         for begin in range(0, T, QUERIES):
             end = min(T, begin + QUERIES)
             rows, keys = slice(begin, end), slice(0, end)
-            s = torch.bmm(q_[h, rows], k_[h, keys].mT)  # (heads, queries, keys)
-            s[:, :, rows].masked_fill_(later[: end - begin, : end - begin], -math.inf)
-            p = torch.softmax(s, -1)
-            ds = torch.baddbmm(minus_delta[h, rows], do_[h, rows], v_[h, keys].mT).mul_(p).to(qkv.dtype)
-            p = p.to(qkv.dtype)
+            with _bf16_products(qkv.dtype):
+                s = torch.bmm(q_[h, rows], k_[h, keys].mT)  # (heads, queries, keys)
+                dp = torch.bmm(do_[h, rows], v_[h, keys].mT)
+            # torch's exp is 100 times as slow where its result is denormal or infinite
+            p = torch.add(minus_lse[h, rows], s, alpha=scale, out=s).clamp_(-87, 1).exp_()
+            ds = dp.add_(minus_delta[h, rows]).mul_(p).to(qkv.dtype).tril_(begin)  # no key is later than its query
+            p = p.to(qkv.dtype).tril_(begin)
             d[0, h, rows].baddbmm_(ds, k[h, keys], alpha=scale)
             d[1, h, keys].baddbmm_(ds.mT, q[h, rows], alpha=scale)
             d[2, h, keys].baddbmm_(p.mT, do[h, rows])
@@ -155,8 +168,21 @@ def _attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, n_head: int) -> Tensor:
 
 
 @_attention_bwd.register_fake
-def _(do, qkv, o, n_head):
+def _(do, qkv, o, lse, n_head):
     return torch.empty_like(qkv)
+
+
+@contextmanager
+def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products may round operands to bf16, which these are in fp32 clothes: exact, and twice as fast."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _heads(packed: Tensor, n: int, D: int) -> Tensor:
