@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gpt2fast import optim
-from gpt2fast.device import Precision, autocast
+from gpt2fast.device import DTYPES, Precision, autocast
 from gpt2fast.model import GPT
+from gpt2fast.rounded import Rounded
 
 Batch = tuple[Tensor, Tensor]
 
@@ -54,7 +55,15 @@ class TrainingStep:
         self.precision, self.accumulation = precision, accumulation
         self.grad_clip = grad_clip or float("inf")
         self.device = model.wte.weight.device
-        self.forward = compiled(model, self.device, mode) if compile else model
+        # for one micro-batch only where the optimizer rounds on its way: else the copies cost memory and save nothing
+        on_its_way = compile and accumulation == 1 and precision == "bf16" and optim.takes_copies(optimizer)
+        self.rounded = None
+        if on_its_way or (accumulation > 1 and precision != "fp32"):
+            self.rounded = Rounded(model, DTYPES[precision], keep_gradients=on_its_way)
+        if on_its_way:
+            optimizer.copies = dict(self.rounded.pairs)
+        forward = self.rounded.model if self.rounded else model
+        self.forward = compiled(forward, self.device, mode) if compile else forward
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -84,6 +93,8 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.grad_scale = None  # what clip left there
         self.optimizer.zero_grad(set_to_none=True)
+        if self.rounded and not self.rounded.keep_gradients:
+            self.rounded.refresh()
         return total, norm
 
     def rehearse(self, batch: Batch) -> tuple[float, float]:
@@ -91,6 +102,8 @@ class TrainingStep:
 
         What is compiled is compiled now, and what does not fit into memory fails now, before a run has begun.
         """
+        if self.rounded:
+            self.rounded.refresh()  # a checkpoint may have been loaded
         for _ in range(3):
             synchronize(self.device)
             start = time.perf_counter()

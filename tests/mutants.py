@@ -1,6 +1,6 @@
-"""Seeded faults in the kernels and in cpu.py, which tests must catch: `python tests/mutants.py [--only TEXT]`.
+"""Seeded faults which tests must catch: `python tests/mutants.py [--only TEXT]`.
 
-A mutant is one replacement in one file of kernels/, or in gpt2fast/cpu.py. For each, the tree is copied, the
+A mutant is one replacement in one file of kernels/, or in one of OF_GPT2FAST. For each, the tree is copied, the
 replacement made, and the tests of that file run until one fails. A mutant that survives is a hole in the tests: the
 exit code is 1.
 """
@@ -19,7 +19,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 class Mutant(NamedTuple):
-    file: str  # of kernels/; or cpu, of gpt2fast/
+    file: str
     old: str
     new: str
     why: str
@@ -28,6 +28,8 @@ class Mutant(NamedTuple):
 
 
 OFFSETS = "test_offsets.py"
+ROUNDED = "test_rounded.py"
+OF_GPT2FAST = "cpu", "optim", "rounded"  # files of gpt2fast/; all others are of kernels/
 MUTANTS = [
     Mutant("gelu", "x * x * CUBIC", "x * x * THREE_CUBIC", "another cubic term"),
     Mutant("gelu", "tl.sigmoid(-_z(x))", "(1 - s * s)", "derivative of tanh instead of sigmoid"),
@@ -112,11 +114,15 @@ MUTANTS = [
     Mutant("mlp", "F.linear(x, fc_w)", "F.linear(x, fc_w, fc_b)", "bias added twice"),
     Mutant("registration", "tensor.to(torch.get_autocast_dtype(device))", "tensor", "autocast ignored",
            "test_kernels.py"),
-    Mutant("cpu", "s[:, :, rows].masked_fill_", "s[:, :, rows].masked_fill", "the future is seen"),
+    Mutant("cpu", "p = p.to(qkv.dtype).tril_(begin)", "p = p.to(qkv.dtype)", "the future is seen, by dv"),
+    Mutant("cpu", "mul_(p).to(qkv.dtype).tril_(begin)", "mul_(p).to(qkv.dtype)", "the future is seen, by dq and dk"),
+    Mutant("cpu", "if dtype == torch.bfloat16:", "if True:", "fp32 products of rounded operands"),
+    Mutant("cpu", "lse, 0.0, True)", "lse, 0.0, False)", "torch's backward sees the future"),
     Mutant("cpu", "d[0, h, rows].baddbmm_(ds, k[h, keys], alpha=scale)", "d[0, h, rows].baddbmm_(ds, k[h, keys])",
            "dq without its scale"),
-    Mutant("cpu", "q_ = q_ * scale", "q_ = q_", "scores without their scale"),
-    Mutant("cpu", "minus_delta = -(do_ * o)", "minus_delta = 0 * (do_ * o)", "no delta"),
+    Mutant("cpu", "s, alpha=scale, out=s)", "s, out=s)", "scores without their scale"),
+    Mutant("cpu", "-(do_ * o)", "0 * (do_ * o)", "no delta"),
+    Mutant("cpu", ".clamp_(-87, 1)", ".clamp_(-7, 1)", "small probabilities are not that small"),
     Mutant("cpu", "h = slice(start, start + heads)", "h = slice(0, heads)", "the first heads, again and again"),
     Mutant("cpu", "(ds.mT, q[h, rows], alpha=scale)", "(ds.mT, q[h, rows], alpha=scale, beta=int(begin == 0))",
            "dk of the last block only"),
@@ -132,13 +138,24 @@ MUTANTS = [
            "ignored targets count in the mean"),
     Mutant("cpu", "dy.sum(0)", "dy[:-1].sum(0)", "the last row is not in db"),
     Mutant("cpu", "zip(a.chunk(2), y.chunk(2))", "zip(a.chunk(2)[:1], y.chunk(2))", "half of the rows is not written"),
+    Mutant("optim", "g = g.float() / shorten", "g = g.float()", "gradients are not clipped", ROUNDED),
+    Mutant("optim", "1 - lr * group", "1 - 0 * group", "no weight decay", ROUNDED),
+    Mutant("optim", "1 - beta2**step", "1 - beta2", "v without its correction", ROUNDED),
+    Mutant("optim", "    copy.copy_(w)\n", "", "copies stay what they were", ROUNDED),
+    Mutant("optim", "            copy.grad = None", "            pass", "gradients add up from step to step", ROUNDED),
+    Mutant("optim", "(*weights, *getattr(optimizer, \"copies\", {}).values())", "weights", "a norm without the copies'",
+           ROUNDED),
+    Mutant("rounded", "weight.grad.add_(leaf.grad)", "pass", "gradients of the first micro-batch only"),
+    Mutant("rounded", "    leaf.grad = None", "    pass", "gradients add up in bf16 as well"),
+    Mutant("rounded", "torch._foreach_copy_(leaves, weights)", "pass", "copies stay what they were"),
+    Mutant("rounded", "dict(module._parameters)", "module._parameters", "the model itself is rounded"),
 ]  # fmt: skip
 OWN = {"attention_tiles": "test_attention.py", "launch": "test_attention.py"}
 
 
 def source(mutant: Mutant) -> Path:
     """Its file, from the checkout's root."""
-    return Path("gpt2fast" if mutant.file == "cpu" else "kernels") / f"{mutant.file}.py"
+    return Path("gpt2fast" if mutant.file in OF_GPT2FAST else "kernels") / f"{mutant.file}.py"
 
 
 def survives(mutant: Mutant) -> str | None:
