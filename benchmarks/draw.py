@@ -84,7 +84,7 @@ def _bars(axes: Axes, panel: dict, note: Callable[[dict, Sequence[dict]], str]) 
         axes.text(high + 0.015 * most, y, text, va="center", fontsize=9, fontweight=weight)
     axes.set_yticks(range(len(bars)), [bar["name"] for bar in bars], fontsize=9)
     axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_xlim(0, 1.42 * most)
+    axes.set_xlim(0, 1.75 * most)
     _plain(axes, panel["title"])
 
 

@@ -1,7 +1,7 @@
 """The README's pictures of the rows: each is `data`, what exactly it shows, and `draw`, how.
 
-A PNG carries the fingerprint of its data, so that a test can tell whether it is stale, and so that it is not written
-anew because another matplotlib draws it with other bytes. What was not measured says so in its place.
+A PNG carries the fingerprint of what it was drawn from, so that a test can tell whether it is stale, and so that it is
+not written anew because another matplotlib draws it with other bytes. What was not measured says so in its place.
 """
 
 import hashlib
@@ -36,7 +36,9 @@ class Plot:
 
 
 def fingerprint(data: list | dict) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    """Of the data and of the code that draws it."""
+    code = Path(draw.__file__).read_text()
+    return hashlib.sha256((json.dumps(data, sort_keys=True) + code).encode()).hexdigest()
 
 
 def fingerprint_in(path: Path) -> str | None:
