@@ -23,9 +23,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(
-    model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS, fused: bool = True
-) -> torch.optim.AdamW:
+def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS, fused: bool = True) -> "AdamW":
     """`lr` is 0 until the training loop sets it, each step, from `learning_rate`."""
     return AdamW(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=EPS, fused=fused)
 

@@ -19,24 +19,24 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from gpt2fast.kernels.launch import INTERPRETED
 
 NAMESPACE = "gpt2fast"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library = library.Library(NAMESPACE, "FRAGMENT")
 
 
 def op(name: str, *, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
     """Decorator. The function's annotations give the schema; the result is the op, to be called like the function."""
 
     def register(fn: Callable) -> torch._ops.OpOverload:
-        schema = torch.library.infer_schema(fn, mutates_args=mutates)
+        schema = library.infer_schema(fn, mutates_args=mutates)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # one body for every device: Triton knows which
         _library.impl(name, _interpreted(fn) if INTERPRETED else _on_its_device(fn), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register

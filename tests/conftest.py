@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -55,3 +57,46 @@ def run_python(tmp_path):
 def run_module(run_python):
     """run_module("gpt2fast.train", "--steps", "3"): `python -m ...`, with the options of run_python."""
     return lambda module, *args, **options: run_python("-m", module, *args, **options)
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch) -> Path:
+    """An empty folder in the place of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def planted(monkeypatch) -> dict[str, dict]:
+    """For --backend auto: two candidates of each op on a CPU, and their times, which a test may change.
+
+    torch.compile compiles nothing.
+    """
+    from gpt2fast import auto, ops
+
+    times = {op: {"torch": 2.0, "compiled": 1.0} for op in ops.NAMES}
+    times["measured"] = []
+
+    def measure_op(op, names, work, device):
+        times["measured"].append(op)
+        return {name: times[op][name] for name in names}
+
+    monkeypatch.setattr(auto, "candidates", lambda *_: {op: ["torch", "compiled"] for op in ops.NAMES})
+    monkeypatch.setattr(auto, "measure_op", measure_op)
+    monkeypatch.setattr(ops, "_compiled", partial)
+    return times
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> ModuleType:
+    """A GPU, and a module in the place of gpt2fast.kernels."""
+    from gpt2fast import ops
+
+    module = ModuleType("gpt2fast.kernels")
+    for name in ops.NAMES:
+        setattr(module, name, lambda *args: args)
+    module.interpreter_fault = lambda: None
+    monkeypatch.setitem(sys.modules, "gpt2fast.kernels", module)
+    monkeypatch.setattr(ops, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return module

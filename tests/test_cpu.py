@@ -7,6 +7,7 @@ import pytest
 import torch
 from accuracy import Results, assert_as_accurate, assert_kernel_is_as_accurate, outputs_and_gradients
 from inputs import normal
+from torch import library
 
 from gpt2fast import cpu, optim, reference
 from gpt2fast.model import GPT, GPTConfig
@@ -169,7 +170,7 @@ def test_the_operators_are_registered_as_torch_wants_them(op):
     else:
         samples = [(n(5, 8), n(12, 8), torch.tensor([3, IGNORE, 5, 0, 9]), 10, grads) for grads in (True, False)]
     for sample in samples:
-        torch.library.opcheck(op, sample, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(op, sample, test_utils=("test_schema", "test_faketensor"))
 
 
 OURS = Ops(**{name: getattr(cpu, name) for name in Ops.__dataclass_fields__})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from inputs import normal
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -118,7 +118,7 @@ def test_every_op_of_the_namespace_is_in_the_table():
 @pytest.mark.parametrize("name", registered())
 def test_torchs_own_checks_of_schema_and_fake(name, device):
     for args in registered()[name]:
-        torch.library.opcheck(getattr(torch.ops.gpt2fast, name).default, to(device, args))
+        library.opcheck(getattr(torch.ops.gpt2fast, name).default, to(device, args))
 
 
 @pytest.mark.parametrize("name", registered())

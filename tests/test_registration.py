@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from accuracy import assert_as_accurate
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt2fast.kernels import registration
@@ -112,8 +112,8 @@ def test_compiled_as_one_graph(device, dynamic):
 
 
 def test_torchs_own_checks_of_schema_and_fake(x):
-    torch.library.opcheck(silu_fwd, (x,))
-    torch.library.opcheck(silu_bwd, (x, torch.cos(x)))
+    library.opcheck(silu_fwd, (x,))
+    library.opcheck(silu_bwd, (x, torch.cos(x)))
 
 
 def test_the_fake_promises_the_strides_that_the_op_returns(x):
