@@ -9,10 +9,12 @@ Targets   A row whose target is -100 counts neither in the sum nor in the mean, 
           their logits count as minus infinity, their gradient is 0.
 Traffic   Logits are read from memory once and the gradient is written over them once. The maximum and the sum come
           first, so each row is read again, from L2: launch.cross_entropy_block keeps the rows in work below its size.
-Chunks    linear_cross_entropy makes the logits of launch.head_rows rows at a time (1 GiB of them), their gradient in
-          place, and from it dh and the sum of dw: nothing is made again in backward, and 1 / chunks of the logits
-          exists. In the head, the gradient is kept without its scale, which is applied to dh and dw in backward: in
-          fp16 (p - 1) / N would be 0, and loss scaling comes too late to help. dw is summed in fp32.
+Chunks    linear_cross_entropy makes the logits of launch.head_rows rows at a time, their gradient in place, and from
+          it dh and the sum of dw: nothing is made again in backward, and 1 / chunks of the logits exists. A chunk may
+          take a sixteenth of the device's memory, at least 1 GiB: all of B=64, T=1024 on an H200, which is fastest;
+          a seventh of it where memory is short. In the head, the gradient is kept without its scale, which is applied
+          to dh and dw in backward: in fp16 (p - 1) / N would be 0, and loss scaling comes too late to help. dw is
+          summed in fp32.
 Numerics  fp32 inside. The maximum is subtracted before anything is rounded, so large logits cost no digits. Offsets
           have 64 bits: N V passes 2^31 at B=64, T=1024.
 Source    Milakov & Gimelshein 2018, arXiv:1805.02867 (one pass for maximum and sum); Wijmans et al. 2024,
@@ -283,7 +285,7 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int 
     check_tensors("linear_cross_entropy", not torch.is_autocast_enabled(x.device.type), x=x, w=w)
     check_shape("linear_cross_entropy", "w", w, (w.shape[0], x.shape[1]))
     dtype = compute_dtype(x)
-    rows = launch.head_rows(x.shape[0], w.shape[0], dtype.itemsize)
+    rows = launch.head_rows(x.shape[0], w.shape[0], dtype.itemsize, launch.head_budget(x.device))
     grad = torch.is_grad_enabled()
     need_dh, need_dw = grad and x.requires_grad, grad and w.requires_grad
     return _LinearCrossEntropy.apply(x, w, targets, dtype, vocab_size, rows, need_dh, need_dw)

@@ -247,6 +247,14 @@ def test_sizes_of_gpt2(C, device):
     check_head(x, w * C**-0.5, targets_of(12000, 50257, device), 50257)
 
 
+@pytest.mark.parametrize(("gib", "chunks"), [(0, 7), (8, 7), (24, 5), (80, 2), (139, 1)])
+def test_chunks_by_the_devices_memory(gib, chunks, monkeypatch):
+    """0: the interpreter's, which must not miss the loop."""
+    monkeypatch.setattr(launch, "memory", lambda device: gib * 2**30)
+    rows = launch.head_rows(65536, 50304, 2, launch.head_budget(torch.device("cuda")))
+    assert -(-65536 // rows) == chunks
+
+
 def test_the_rule_of_chunks():
     """Of 2^30 bytes of logits, equal, in whole tiles of 128 rows."""
     assert launch.head_rows(65536, 50304, 2) == 9472  # 7 chunks of B=64, T=1024
