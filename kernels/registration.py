@@ -25,6 +25,7 @@ from gpt2fast.kernels.launch import INTERPRETED
 
 NAMESPACE = "gpt2fast"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BODIES: dict[str, Callable] = {}  # of each op: what it does, for who wants to register it in another way
 _library = library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -32,6 +33,7 @@ def op(name: str, *, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[C
     """Decorator. The function's annotations give the schema; the result is the op, to be called like the function."""
 
     def register(fn: Callable) -> torch._ops.OpOverload:
+        BODIES[name] = fn
         schema = library.infer_schema(fn, mutates_args=mutates)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # one body for every device: Triton knows which
