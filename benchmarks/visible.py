@@ -4,7 +4,7 @@ Our ops are opaque to torch.compile: their launches, and the additions that end 
 the dispatcher. `make_visible` registers the same functions with `torch.library.triton_op`, so that Inductor launches
 the kernels itself, plans their memory and compiles the additions. It cannot fuse into a kernel that is written by hand.
 Predicted: nothing at B=64, where the device is never short of work; some per cent of a small step without CUDA graphs,
-26 us of host time an op. Not the default, since Triton's interpreter, and so every test without a GPU, needs opaque ops.
+26 us of host time an op. Not the default: Triton's interpreter, and so every test without a GPU, needs opaque ops.
 """
 
 import sys

@@ -31,6 +31,25 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+class MatmulTiles(NamedTuple):
+    """Of a matrix product: a tile, parts in which its columns are finished, warps, stages of the software pipeline."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    PIECES: int
+    num_warps: int
+    num_stages: int
+
+
+class Chunk(NamedTuple):
+    """Of AdamW: elements that a program takes, how many at a time, warps."""
+
+    CHUNK: int
+    BLOCK: int
+    num_warps: int
+
+
 class Rows(NamedTuple):
     """Of kernels over the rows of a matrix: rows and columns of a tile, warps."""
 
@@ -68,6 +87,15 @@ def elementwise() -> int:
     return 2**16 if INTERPRETED else 1024
 
 
+def adamw_chunk(norm: bool = False) -> Chunk:
+    """Looking up a tensor's addresses takes two loads, one after the other: a small part of the two to eight turns that
+    follow. Four elements a thread, so that no fp32 is moved between threads before it is stored; the norm stores
+    nothing, and has 4 kB in flight in each program."""
+    if INTERPRETED:
+        return Chunk(2**15, 2**14, 4)
+    return Chunk(4096, 2048, 4) if norm else Chunk(4096, 512, 4)
+
+
 def bias_rows() -> Rows:
     """Columns divide 4 C of every GPT-2, 6400 of XL among them."""
     return Rows(256, 256, 4) if INTERPRETED else Rows(8, 256, 4)
@@ -80,9 +108,31 @@ def layer_norm_rows(N: int, backward: bool) -> Rows:
     return Rows(block_m, block_n, min(32, max(1, block_m * block_n // (WARP * 16))))
 
 
+# Little's law: 4.3 TB/s at 0.7 us are 23 kB in flight on each of an H200's processors. Backward has 4 programs there
+# with a tile of 12 kB each: 48 kB, but none while they sum, unless the next tile is already under way.
+LAYER_NORM_STAGES = 2
+
+
 def persistent(tiles: int, device: torch.device, per_processor: int = 4) -> int:
     """Programs of a persistent grid: enough to fill the device, and never more than there are tiles."""
     return max(1, min(tiles, per_processor * processors(device)))
+
+
+def embedding_rows() -> Rows:
+    """As bias_rows: elementwise, but for the address."""
+    return Rows(256, 256, 4) if INTERPRETED else Rows(8, 256, 4)
+
+
+def embedding_batch(B: int) -> Rows:
+    """Sequences, of which a program adds up some at a time, and elements of (T, C)."""
+    return Rows(min(16, triton.next_power_of_2(B)), 2**14 if INTERPRETED else 256, 4)
+
+
+def embedding_bucket(long: bool) -> Rows:
+    """Positions of one token: few of them in one warp, so that many tokens are in work; else 16 kB in flight."""
+    if INTERPRETED:
+        return Rows(128 if long else 8, 1024, 8)
+    return Rows(128, 64, 8) if long else Rows(8, 128, 1)
 
 
 def cross_entropy_block(V: int) -> tuple[int, int]:
@@ -130,3 +180,22 @@ def attention_dq(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Til
     if D <= 64:
         return Tiles(128, 64, 8, 2)
     return Tiles(64, 32, 8, 1) if D <= 128 else Tiles(32, 32, 8, 1)
+
+
+# While one program finishes a tile (loads, stores, exponentials), the other one keeps the tensor cores busy.
+MATMUL_PROGRAMS = 2
+
+
+def matmul_tma(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether operands come through TMA. fp32 is there to be exact, on any device in the same way."""
+    return capability >= (9, 0) and dtype != torch.float32
+
+
+def matmul_tiles(dtype: torch.dtype, capability: tuple[int, int], tma: bool) -> MatmulTiles:
+    """128 x 256 would need all registers of a processor, and no second program would run beside it. On sm_120, and
+    through pointers from sm_90 on, 128 x 128 spill."""
+    if dtype == torch.float32:
+        return MatmulTiles(128, 256, 256, 2, 8, 2) if INTERPRETED else MatmulTiles(64, 32, 32, 1, 4, 2)
+    if tma and capability[0] in (9, 10):
+        return MatmulTiles(128, 128, 64, 4, 8, 3)
+    return MatmulTiles(128, 128 if capability[0] == 8 else 64, 32, 2, 8, 4)

@@ -14,7 +14,8 @@ Numerics  loads and reductions in fp32; the mean is subtracted before squares ar
           (bf16 statistics cost up to 1e-2 in dw). s is rounded to its dtype first and normalised then, so forward and
           backward see the same numbers.
 Order     Backward is a persistent grid: each program sums dw and db of its rows in registers and writes one row of an
-          fp32 buffer of (programs, N), which is added up at the end. No atomics: the same bits every time.
+          fp32 buffer of (programs, N), which is added up at the end. No atomics: the same bits every time. The next
+          rows are on their way (cp.async) while these are summed, or memory would idle for half of the time.
 Source    Ba et al. 2016, arXiv:1607.06450.
 """
 
@@ -62,6 +63,7 @@ def _layer_norm_fwd_kernel(
 def _layer_norm_bwd_kernel(
     ds_ptr, do_ptr, s_ptr, w_ptr, dx_ptr, dy_ptr, dw_ptr, db_ptr, mean_ptr, rstd_ptr, M, N, PROGRAMS,
     HAS_RESIDUAL: tl.constexpr, WRITE_DY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dw_ptr and db_ptr are (PROGRAMS, N) fp32. dy is dx in another dtype, written only if it is another."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -69,7 +71,7 @@ def _layer_norm_bwd_kernel(
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), PROGRAMS, num_stages=NUM_STAGES):
         offs_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         offs = offs_m[:, None] * N + offs_n[None, :]
         mask_m = offs_m < M
@@ -126,7 +128,7 @@ def _backward(ds: Tensor | None, do: Tensor, s: Tensor, w: Tensor, mean: Tensor,
     _layer_norm_bwd_kernel[(programs,)](
         ds_ptr=ds, do_ptr=do, s_ptr=s, w_ptr=w, dx_ptr=dx, dy_ptr=dy, dw_ptr=dw, db_ptr=db, mean_ptr=mean,
         rstd_ptr=rstd, M=M, N=N, PROGRAMS=programs, HAS_RESIDUAL=ds is not None, WRITE_DY=dy is not None,
-        **rows._asdict(),
+        NUM_STAGES=launch.LAYER_NORM_STAGES, **rows._asdict(),
     )  # fmt: skip
     return dx, dw.sum(0).to(w.dtype), db.sum(0).to(w.dtype)
 

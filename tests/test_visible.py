@@ -44,7 +44,7 @@ print(json.dumps([opaque, *trace()]))
 
 @pytest.fixture(scope="module")
 def traced():
-    """Calls in the graphs of four ops, forward and backward, before and after; and what Inductor believes is written."""
+    """Calls in the graphs of four ops, forward and backward, before and after; what Inductor believes is written."""
     command = [sys.executable, "-c", TRACE]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
