@@ -12,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -103,7 +104,9 @@ def append_row(path: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
-def run_apart(module: str, *args: object, limit: float, log: Path) -> dict:
+def run_apart(
+    module: str, *args: object, limit: float, log: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> dict:
     """`python -m module args` in a process group of its own, its output into `log`.
 
     {"status": "ok", "failed" or "timeout", "seconds", "tail": last lines of the log unless ok}. Never raises for what
@@ -111,7 +114,7 @@ def run_apart(module: str, *args: object, limit: float, log: Path) -> dict:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
     start = time.monotonic()
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(

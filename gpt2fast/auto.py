@@ -1,6 +1,6 @@
 """`--backend auto`: of each op the implementation that is fastest on this GPU, at this run's sizes and precision.
 
-    candidates   torch; triton, where it can be built; compiled, unless the whole step is compiled
+    candidates   torch; triton, and of mlp epilogue, where they can be built; compiled, unless the whole step is
     measured     verified and timed, forward + backward (measure.py)
     chosen       the fastest, but torch unless it is beaten by more than NOISE
 
@@ -110,14 +110,15 @@ def candidates(work: Workload, device: torch.device, say: Callable[[str], None])
     faults = []
     for op, names in found.items():
         names += [] if work.compiled else ["compiled"]
-        triton = OpsConfig(**{op: "triton"})
-        try:
-            ops.build(triton, device.type)
-            ops.check_sizes(triton, work.C, work.C // work.H)
-        except UserError as error:
-            faults.append(str(error))
-        else:
-            names += [] if ops.interpreted(triton) else ["triton"]
+        for name in ("triton", "epilogue") if op == "mlp" else ("triton",):
+            ours = OpsConfig(**{op: name})
+            try:
+                ops.build(ours, device.type)
+                ops.check_sizes(ours, work.C, work.C // work.H)
+            except UserError as error:
+                faults.append(str(error))
+            else:
+                names += [] if ops.interpreted(ours) else [name]
     for fault in dict.fromkeys(faults):
         say(f"note: triton is not measured: {fault}")
     return found

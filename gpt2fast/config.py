@@ -23,7 +23,7 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
     """The shape of the model."""
     backend: Backend = "torch"
-    """Implementation of the six ops: plain PyTorch, our Triton kernels, or of each op what is fastest here (auto)."""
+    """Implementation of the seven ops: plain PyTorch, our Triton kernels, or of each op what is fastest here (auto)."""
     ops: OpsConfig = field(default_factory=OpsConfig)
     """Implementation of single ops, over --backend."""
 
@@ -56,6 +56,9 @@ class TrainConfig:
     """AdamW."""
     grad_clip: float = 1.0
     """Longest gradient, by norm; 0: not clipped."""
+    optimizer: Literal["auto", "torch", "triton"] = "auto"
+    """Implementation of AdamW: PyTorch's fused one, or ours, which also rounds the weights for the next step. auto:
+    ours on CUDA where Triton has an op to compute or with --cuda-graph, but for fp16."""
     seed: int = 1337
     """Of initial weights, data order and samples."""
 
@@ -65,8 +68,15 @@ class TrainConfig:
     """auto: bf16 autocast where the device is fast at it, fp16 with loss scaling on CUDA without it, else fp32."""
     tf32: bool = True
     """Let CUDA's fp32 matmuls use TF32."""
+    residual: Literal["auto", "fp32", "low"] = "auto"
+    """The residual stream: in fp32, or in autocast's dtype (low). auto: low under bf16 on CUDA; fp16 might overflow."""
+    recompute: bool = False
+    """Activation checkpointing: a block keeps 6 of about 40 bytes a token and unit of width, and runs again in
+    backward, a third more of its work."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on CUDA; on a CPU that has a C++ compiler in a run of more than about five minutes."""
+    cuda_graph: bool = False
+    """Record the step as CUDA graphs and replay it: faster where a step is so small that launching takes the time."""
 
     out: Path = Path("out")
     """Folder of all runs."""
@@ -127,8 +137,9 @@ PRESETS = {
 # A resumed run may change these; all else would change which tokens it has seen, or which model it is.
 CHANGEABLE = {
     "backend", "ops", "tokenizer_file", "steps", "lr", "lr_floor", "warmup", "weight_decay", "beta1", "beta2",
-    "grad_clip", "device", "precision", "tf32", "compile", "out", "run", "resume", "stop_at", "log_every", "val_every",
-    "val_batches", "sample_every", "sample_tokens", "prompt", "checkpoint_every", "keep", "tensorboard",
+    "grad_clip", "optimizer", "device", "precision", "tf32", "residual", "recompute", "compile", "cuda_graph",
+    "out", "run", "resume", "stop_at", "log_every", "val_every", "val_batches", "sample_every", "sample_tokens",
+    "prompt", "checkpoint_every", "keep", "tensorboard",
 }  # fmt: skip
 
 
@@ -202,11 +213,13 @@ def default_batch_size(config: TrainConfig, memory: int | None) -> int:
     """Largest power of two up to 64 whose step fits into `memory` bytes (None: a CPU, 4), and that divides the total.
 
     Counted per token: the logits chain (bf16, fp32, and the gradients of both: 12 V) and about 40 L C bytes of
-    activations; per parameter: weight, gradient, two moments and a bf16 copy (18).
+    activations, with --recompute 6 L C and one block's 40 C; per parameter: weight, gradient, two moments and a bf16
+    copy (18).
     """
     m, T = config.model, config.seq_len
     size = 64 if memory is not None else 4
-    token = 12 * m.padded_vocab_size + 40 * m.n_layer * m.n_embd
+    blocks = 6 * m.n_layer + 40 if config.recompute else 40 * m.n_layer
+    token = 12 * m.padded_vocab_size + blocks * m.n_embd
     fixed = 18 * (12 * m.n_layer * m.n_embd**2 + m.padded_vocab_size * m.n_embd)
     while size > 1 and (config.total_batch % (size * T) or (memory and fixed + size * T * token > 0.85 * memory)):
         size //= 2
@@ -226,8 +239,9 @@ def check_resumable(config: TrainConfig, stored: TrainConfig) -> None:
 
 def changes(new: dict, old: dict) -> dict[str, list]:
     """{setting: [old, new]} of two `to_dict`s, without the settings that only say where and how a run is started."""
+    old = to_dict(from_dict(old))  # it may know fewer settings
     started = ("resume", "stop_at", "out", "run")
-    return {name: [old.get(name), new[name]] for name in new if new[name] != old.get(name) and name not in started}
+    return {name: [old[name], new[name]] for name in new if new[name] != old[name] and name not in started}
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -237,7 +251,7 @@ def to_dict(config: TrainConfig) -> dict:
 
 def from_dict(values: dict) -> TrainConfig:
     """The inverse of `to_dict`; TypeError or KeyError on what is no such dictionary."""
-    values = dict(values)
+    values = {"residual": "fp32", "optimizer": "torch"} | values  # as it was before there was a choice
     values["model"] = GPTConfig(**values["model"])
     values["ops"] = OpsConfig(**values["ops"])
     values["out"] = Path(values["out"])

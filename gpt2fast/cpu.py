@@ -1,5 +1,6 @@
-"""The six names for a CPU: torch's own operators, arranged for caches and memory. `reference` is what they mean.
+"""The seven names for a CPU: torch's own operators, arranged for caches and memory. `reference` is what they mean.
 
+    embedding              the gradient of wte is sparse: the rows of the tokens seen, which are added to the head's
     linear, mlp            y = x w^T + b;  dx = dy w,  dw = dy^T x,  db = sum dy
     attention              torch's flash attention forward, which also gives logsumexp. Backward, for a block of queries
                            and some heads at a time, so that scores stay in the cache:
@@ -37,6 +38,13 @@ TINY = 1e-30  # bf16 probabilities below it may have lost bits
 
 layer_norm = reference.layer_norm
 add_layer_norm = reference.add_layer_norm
+
+
+def embedding(wte: Tensor, wpe: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, C), (block_size, C), (B, T) int64 -> the token's row + the position's (B, T, C), in `dtype`."""
+    # a dense gradient would be a second matrix of V rows, cleared and added; torch.compile knows no other
+    x = F.embedding(idx, wte, sparse=not torch.compiler.is_compiling())
+    return (x + wpe[: idx.shape[1]]).to(dtype)
 
 
 def attention(qkv: Tensor, n_head: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The package `gpt2fast.kernels`: the Triton implementation of the six names, whose files lie in ../kernels.
+"""The package `gpt2fast.kernels`: the Triton implementation of the seven names, whose files lie in ../kernels.
 
 Why this file is a package. A top-level import package named `kernels` would collide with Hugging Face's package of
 that name (with both on the path, `from transformers import GPT2LMHeadModel` fails; installing ours would overwrite
@@ -14,14 +14,17 @@ _folders = (_here / "kernels", _here.parent / "kernels")  # installed, checkout
 __path__ = [str(folder) for folder in _folders if (folder / "registration.py").is_file()][:1]
 
 # after __path__, by which these are found
+from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm  # noqa: E402
 from gpt2fast.kernels.attention import attention, flash_attention  # noqa: E402
 from gpt2fast.kernels.cross_entropy import cross_entropy, linear_cross_entropy  # noqa: E402
+from gpt2fast.kernels.embedding import embedding  # noqa: E402
 from gpt2fast.kernels.gelu import bias_gelu, gelu  # noqa: E402
 from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm  # noqa: E402
 from gpt2fast.kernels.mlp import linear, mlp  # noqa: E402
 from gpt2fast.kernels.registration import interpreter_fault  # noqa: E402
 
 __all__ = [
-    "add_layer_norm", "attention", "bias_gelu", "cross_entropy", "flash_attention", "gelu", "interpreter_fault",
-    "layer_norm", "linear", "linear_cross_entropy", "mlp",
+    "ParameterTable", "adamw_", "add_layer_norm", "attention", "bias_gelu", "cross_entropy", "embedding",
+    "flash_attention", "gelu", "gradient_norm", "interpreter_fault", "layer_norm", "linear", "linear_cross_entropy",
+    "mlp",
 ]  # fmt: skip

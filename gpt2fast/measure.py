@@ -34,7 +34,10 @@ Result = float | str  # milliseconds, or why it is not taken
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a run asks of its ops: B sequences of T tokens, width C, H heads, a head of V rows; and how it computes."""
+    """What a run asks of its ops: B sequences of T tokens, width C, H heads, a head of V rows; and how it computes.
+
+    `low_stream`: the residual stream is not fp32 but in the dtype of `precision`.
+    """
 
     B: int
     T: int
@@ -45,6 +48,7 @@ class Workload:
     precision: Precision
     tf32: bool
     compiled: bool
+    low_stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,15 @@ class Call:
     def exact(self) -> "Call":
         """The same values in fp32."""
         leaves = [x.detach().float().requires_grad_() for x in self.leaves]
-        return Call(leaves, self.others, [x.float() for x in self.cotangents])
+        others = tuple(torch.float32 if isinstance(x, torch.dtype) else x for x in self.others)
+        return Call(leaves, others, [x.float() for x in self.cotangents])
 
 
 def calls(op: str, work: Workload, device: torch.device, B: int) -> list[Call]:
     """The calls of `op` in a block, or in the model, with B sequences: shapes and dtypes as in training."""
     generator = torch.Generator(device).manual_seed(0)  # the global one stays as it is
     T, C, low, fp32 = work.T, work.C, DTYPES[work.precision], torch.float32
+    stream = low if work.low_stream else fp32
 
     def normal(*shape: int, dtype: torch.dtype = low, std: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
@@ -73,11 +79,14 @@ def calls(op: str, work: Workload, device: torch.device, B: int) -> list[Call]:
         return [normal(*shape, dtype=fp32, std=INIT_STD) for shape in shapes]
 
     x = partial(normal, B, T, C)
-    if op in ("layer_norm", "add_layer_norm"):
+    if op == "embedding":
+        idx = torch.randint(work.vocab_size, (B, T), generator=generator, device=device)
+        made = [(weights((work.V, C), (T, C)), (idx, stream), [x(dtype=stream)])]
+    elif op in ("layer_norm", "add_layer_norm"):
         w, b = weights((C,), (C,))
-        stream, add = x(dtype=fp32), op == "add_layer_norm"
-        outputs = [normal(B, T, C, dtype=fp32), x()] if add else [x()]
-        made = [([stream, x(), w + 1, b] if add else [stream, w + 1, b], (EPS,), outputs)]
+        add = op == "add_layer_norm"
+        leaves = [x(dtype=stream), x(), w + 1, b] if add else [x(dtype=stream), w + 1, b]
+        made = [(leaves, (EPS,), [x(dtype=stream), x()] if add else [x()])]
     elif op == "attention":
         made = [([normal(B, T, 3 * C)], (work.H,), [x()])]
     elif op == "mlp":
@@ -99,7 +108,7 @@ def run(fn: Callable, made: Sequence[Call], device: torch.device, precision: Pre
             outputs = fn(*call.leaves, *call.others)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         gradients = torch.autograd.grad(outputs, call.leaves, call.cotangents)
-        results += [*(x.detach() for x in outputs), *gradients]
+        results += [*(x.detach() for x in outputs), *(g.to_dense() for g in gradients)]  # a CPU's embedding: sparse
     return results
 
 

@@ -1,4 +1,4 @@
-"""GPT-2, written once, in the six names of `gpt2fast.ops.Ops`.
+"""GPT-2, written once, in the seven names of `gpt2fast.ops.Ops`.
 
     x = wte[idx] + wpe[pos]
     for each block:  x = x + attention(layer_norm(x));  x = x + mlp(layer_norm(x))
@@ -18,9 +18,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2fast.errors import UserError
 from gpt2fast.ops import Ops
+from gpt2fast.reference import compute_dtype
 
 VOCAB_SIZE = 50257
 EPS = 1e-5
@@ -128,12 +130,19 @@ class GPT(nn.Module):
 
     The vocabulary is padded inside only: rows of `wte.weight` from `vocab_size` on are zero and stay zero, and
     neither logits nor `state_dict` show them.
+
+    `low_stream`: under autocast the residual stream, all 2 n_layer + 1 sums of it, is in autocast's dtype, else in that
+    of the weights. `recompute`: in training a block keeps its two inputs only, and is computed again in backward.
     """
 
-    def __init__(self, config: GPTConfig, ops: Ops, seed: int = 1337):
+    def __init__(
+        self, config: GPTConfig, ops: Ops, seed: int = 1337, *, low_stream: bool = False, recompute: bool = False
+    ):
         super().__init__()
         self.config = config
         self.ops = ops
+        self.low_stream = low_stream
+        self.recompute = recompute
         self.wte = nn.Module()
         self.wte.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.n_embd))
         self.wpe = nn.Module()
@@ -167,13 +176,17 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if self.config.block_size < T:
             raise UserError(f"{T} positions are more than block_size {self.config.block_size}: shorten the sequence")
-        # a sparse gradient is added to the head's; a dense one is a second matrix of V rows, cleared and added
-        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = nn.functional.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe.weight[:T]  # (B, T, C)
+        wte, wpe = self.wte.weight, self.wpe.weight
+        # each add_layer_norm keeps this dtype: that of x + y
+        x = self.ops.embedding(wte, wpe, idx, compute_dtype(wte) if self.low_stream else wte.dtype)  # (B, T, C)
         norms = [block.ln_1 for block in self.h] + [self.ln_f]
         h = self.ops.layer_norm(x, norms[0].weight, norms[0].bias, EPS)
         for block, next_ln in zip(self.h, norms[1:]):
-            x, h = block(x, h, next_ln)
+            if self.recompute and torch.is_grad_enabled():
+                # nothing in a block is drawn at random
+                x, h = checkpoint(block, x, h, next_ln, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, h = block(x, h, next_ln)
         return h
 
     def logits(self, h: Tensor) -> Tensor:

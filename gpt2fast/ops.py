@@ -1,9 +1,10 @@
-"""The six functions that GPT-2 spends its time in, and the one place where their implementation is chosen.
+"""The seven functions that GPT-2 spends its time in, and the one place where their implementation is chosen.
 
-An implementation is a module that defines the six names: `gpt2fast.reference` in plain PyTorch, `gpt2fast.cpu` in
-PyTorch arranged for a CPU ("torch" means it there), `gpt2fast.kernels` in Triton. `OpsConfig` says which, per op, in
-plain strings (for the command line, the checkpoint and the results); `build` turns it into an `Ops`, which the model is
-given. Nothing is patched, and nothing falls back silently.
+An implementation is a module that defines the seven names: `gpt2fast.reference` in plain PyTorch, `gpt2fast.cpu` in
+PyTorch arranged for a CPU ("torch" means it there), `gpt2fast.kernels` in Triton; of mlp there is a second one in
+Triton, `gpt2fast.kernels.epilogue`. `OpsConfig` says which, per op, in plain strings (for the command line, the
+checkpoint and the results); `build` turns it into an `Ops`, which the model is given. Nothing is patched, and nothing
+falls back silently.
 """
 
 import os
@@ -22,7 +23,9 @@ from gpt2fast import cpu, reference
 from gpt2fast.errors import UserError
 
 Implementation = Literal["torch", "compiled", "triton"]  # compiled: torch.compile of torch's, op by op
+MLPImplementation = Literal[Implementation, "epilogue"]  # epilogue: bias and GELU in Triton's own matmuls
 Backend = Literal["auto", "torch", "triton"]
+TRITON = "triton", "epilogue"  # what needs Triton
 HEAD_DIMENSIONS = 16, 256  # of kernels/attention.py
 MAX_WIDTH = 16384  # of kernels/layer_norm.py
 
@@ -31,13 +34,15 @@ MAX_WIDTH = 16384  # of kernels/layer_norm.py
 class OpsConfig:
     """Which implementation each op uses. None: the one that --backend names."""
 
+    embedding: Implementation | None = None
+    """Token + position embedding."""
     layer_norm: Implementation | None = None
     """LayerNorm."""
     add_layer_norm: Implementation | None = None
     """Residual add + LayerNorm."""
     attention: Implementation | None = None
     """Causal attention."""
-    mlp: Implementation | None = None
+    mlp: MLPImplementation | None = None
     """linear(gelu(linear(x)))."""
     linear: Implementation | None = None
     """The remaining projections."""
@@ -53,12 +58,14 @@ class OpsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """Six pure functions, differentiable in every floating-point argument; `gpt2fast.reference` is what they mean.
+    """Seven pure functions, differentiable in every floating-point argument; `gpt2fast.reference` is what they mean.
 
-    Dtypes: outputs have the compute dtype, which is autocast's where autocast is on and the input's elsewhere; the
-    residual sum of `add_layer_norm` keeps what x + y promotes to; statistics and losses are fp32.
+    Dtypes: outputs have the compute dtype, which is autocast's where autocast is on and the input's elsewhere; that of
+    `embedding` has the dtype asked for, and the residual sum of `add_layer_norm` keeps what x + y promotes to;
+    statistics and losses are fp32.
     """
 
+    embedding: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     attention: Callable[[Tensor, int], Tensor]
@@ -77,7 +84,7 @@ def build(config: OpsConfig, device: str = "cpu") -> Ops:
     """
     chosen = asdict(config.with_backend("torch"))
     modules = {name: _implementation(name, device) for name in sorted(set(chosen.values()))}
-    missing = [op for op, name in chosen.items() if not hasattr(modules[name], op)]
+    missing = [op for op, name in chosen.items() if not _has(modules[name], name, op)]
     if missing:
         raise UserError(
             f"{chosen[missing[0]]} has no implementation of {', '.join(missing)}: take --ops.{missing[0]} torch"
@@ -101,24 +108,32 @@ def check_sizes(config: OpsConfig, C: int, D: int) -> None:
             raise UserError(f"n_embd is {C}, and triton's {name} takes at most {MAX_WIDTH}: use {flag} torch")
 
 
-def _implementation(name: str, device: str) -> ModuleType:
+def kernels(device: str) -> ModuleType:
+    """gpt2fast.kernels, for what is no op: AdamW. UserError where they cannot run."""
+    return _implementation("triton", device, instead="--optimizer torch")
+
+
+def _implementation(name: str, device: str, instead: str = "--backend torch") -> ModuleType:
     if name in ("torch", "compiled"):
         return cpu if torch.device(device).type == "cpu" else reference
-    if name != "triton":
-        raise UserError(f"unknown implementation {name!r}: it is torch, compiled or triton")
+    if name not in TRITON:
+        raise UserError(f"unknown implementation {name!r}: it is torch, compiled, triton or, of mlp, epilogue")
     if find_spec("triton") is None:
-        raise UserError(
-            "the triton backend needs the package triton (pip install triton, on Linux): or use --backend torch"
-        )
+        raise UserError(f"the triton backend needs the package triton (pip install triton, on Linux): or use {instead}")
     if not _interpreting() and (torch.device(device).type != "cuda" or torch.version.hip is not None):
         raise UserError(
-            f"the triton backend needs a CUDA GPU, and this run is on {device}: use --backend torch, "
+            f"the triton backend needs a CUDA GPU, and this run is on {device}: use {instead}, "
             "or set TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"
         )
     kernels = import_module("gpt2fast.kernels")
     if fault := kernels.interpreter_fault():
         raise UserError(fault)
-    return kernels
+    return kernels if name == "triton" else import_module("gpt2fast.kernels.epilogue")
+
+
+def _has(module: ModuleType, name: str, op: str) -> bool:
+    """Names that the epilogue's file imports are not its own."""
+    return op == "mlp" if name == "epilogue" else hasattr(module, op)
 
 
 def _compiled(fn: Callable) -> Callable:
@@ -136,6 +151,6 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def interpreted(config: OpsConfig) -> bool:
-    """Whether some op of `config` runs in Triton's interpreter, which computes bf16 wrongly."""
-    return _interpreting() and "triton" in asdict(config).values()
+def interpreted(config: OpsConfig, optimizer: str = "torch") -> bool:
+    """Whether some op of `config`, or the optimizer, runs in Triton's interpreter, which computes bf16 wrongly."""
+    return _interpreting() and not set(TRITON).isdisjoint([*asdict(config).values(), optimizer])

@@ -4,8 +4,9 @@ Loshchilov & Hutter 2017, arXiv:1711.05101. Settings of the GPT-3 paper (arXiv:2
 """
 
 import math
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,16 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS, fused: bool = True) -> "AdamW":
-    """`lr` is 0 until the training loop sets it, each step, from `learning_rate`."""
-    return AdamW(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=EPS, fused=fused)
+def adamw(
+    model: nn.Module,
+    weight_decay: float,
+    betas: tuple[float, float] = BETAS,
+    fused: bool = True,
+    kernels: ModuleType | None = None,
+) -> "AdamW":
+    """`lr` is 0 until the training loop sets it, each step, from `learning_rate`. `kernels`: of ops.kernels."""
+    kind = AdamW if kernels is None else partial(TritonAdamW, kernels)
+    return kind(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=EPS, fused=fused)
 
 
 class AdamW(torch.optim.AdamW):
@@ -55,11 +63,16 @@ class AdamW(torch.optim.AdamW):
         for copy in self.copies.values():
             copy.grad = None
 
-    def _step_with_copy(self, group: dict, weight: Tensor, copy: Tensor, shorten: Tensor) -> None:
+    def _state(self, weight: Tensor, where: torch.device) -> dict[str, Tensor]:
+        """As torch has it, with "step" on `where`."""
         state = self.state[weight]
-        if not state:  # as torch has it
-            state["step"] = torch.zeros((), device=weight.device)
+        if not state:
+            state["step"] = torch.zeros((), device=where)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        return state
+
+    def _step_with_copy(self, group: dict, weight: Tensor, copy: Tensor, shorten: Tensor) -> None:
+        state = self._state(weight, weight.device)
         state["step"] += 1
         step, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
         numbers = (
@@ -69,10 +82,83 @@ class AdamW(torch.optim.AdamW):
         _compiled(_update)(*(x.view(-1) for x in tensors), shorten, torch.tensor(numbers))
 
 
-def takes_copies(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is one of the above, fused, and on a CPU: elsewhere `_update` is not tried yet."""
-    groups = optimizer.param_groups
-    return isinstance(optimizer, AdamW) and all(g["fused"] and g["params"][0].device.type == "cpu" for g in groups)
+class TritonAdamW(AdamW):
+    """The same in one launch over all weights, with or without copies: kernels/adamw.py.
+
+    `step` is `count`, which is the host's work and waits for nothing, and `update`, which is the device's: a captured
+    graph of `update` finds the numbers of each step where `count` puts them. So "step" is kept on the host.
+
+    Not for fp16, where GradScaler has its own pass over the gradients, and leaves the step out if one is infinite:
+    torch's fused AdamW asks the device for that, here GradScaler would wait for it.
+    """
+
+    def __init__(self, kernels: ModuleType, *args, **options):
+        super().__init__(*args, **options)
+        self._step_supports_amp_scaling = False  # GradScaler's protocol
+        self._kernels = kernels
+        self._table = kernels.ParameterTable(self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        self.count()
+        self.update()
+
+    @torch.no_grad()
+    def count(self) -> None:
+        """One step more for every weight that has a gradient, and the numbers that follow from it."""
+        found = list(self._with_gradients())
+        if not found:
+            return
+        steps = [state["step"] for _, _, _, state in found]
+        torch._foreach_add_(steps, 1)
+        t = torch.stack(steps).double()
+        settings = [(*group["betas"], group["eps"], group["lr"], group["weight_decay"]) for group, *_ in found]
+        beta1, beta2, eps, lr, decay = torch.tensor(settings, dtype=torch.float64).unbind(1)
+        rate, correction = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
+        self._table.set_numbers(torch.stack([1 - beta1, 1 - beta2, eps, lr * decay, rate, correction], 1))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Weights, moments and copies, from gradients that are divided by `grad_scale`, if there is one."""
+        self.refresh()
+        shorten = getattr(self, "grad_scale", None)
+        self._kernels.adamw_(self._table, torch.ones((), device=self._table.device) if shorten is None else shorten)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        self.refresh()
+        return self._kernels.gradient_norm(self._table)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["step"] = state["step"].cpu()
+
+    def refresh(self) -> None:
+        """Gradients may be elsewhere in each step, moments after a checkpoint was loaded."""
+        rows = []
+        for _, weight, holder, state in self._with_gradients():
+            if not holder.grad.is_contiguous():
+                holder.grad = holder.grad.contiguous()
+            rows.append((holder.grad, weight, state["exp_avg"], state["exp_avg_sq"], self.copies.get(weight)))
+        self._table.refresh(rows)
+
+    def _with_gradients(self) -> Iterator[tuple[dict, Tensor, Tensor, dict[str, Tensor]]]:
+        """(group, weight, whichever of weight and copy has the gradient, state)"""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                copy = self.copies.get(weight)
+                holder = weight if copy is None or copy.grad is None else copy
+                if holder.grad is not None:
+                    yield group, weight, holder, self._state(weight, torch.device("cpu"))
+
+
+def takes_copies(optimizer: torch.optim.Optimizer, compile: bool, accumulation: int) -> bool:
+    """Whether it writes copies on its way: Triton's kernel always, the compiled CPU pass from a copy's gradient."""
+    if isinstance(optimizer, TritonAdamW):
+        return True
+    on_cpu = all(g["fused"] and g["params"][0].device.type == "cpu" for g in optimizer.param_groups)
+    return isinstance(optimizer, AdamW) and on_cpu and compile and accumulation == 1
 
 
 @cache
@@ -110,7 +196,7 @@ def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
     """
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in (*weights, *getattr(optimizer, "copies", {}).values()) if p.grad is not None]
-    norm = gradient_norm(gradients)
+    norm = optimizer.gradient_norm() if isinstance(optimizer, TritonAdamW) else gradient_norm(gradients)
     shorten = (norm / longest).clamp(min=1.0)
     if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.grad_scale = shorten.float()

@@ -1,5 +1,6 @@
-"""The six names in plain PyTorch: the specification, the yardstick and the baseline.
+"""The seven names in plain PyTorch: the specification, the yardstick and the baseline.
 
+    x = wte[idx] + wpe[position]                                                   embedding
     s = x + y;  z = (s - mean(s)) / sqrt(var(s) + eps);  o = z * w + b             layer_norm, add_layer_norm
     o = softmax(q k^T / sqrt(D) + causal mask) v                                   attention
     o = gelu_tanh(x fc_w^T + fc_b) proj_w^T + proj_b                               mlp
@@ -15,6 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a target that counts neither in the loss nor in the mean, as in torch
+
+
+def embedding(wte: Tensor, wpe: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, C), (block_size, C), (B, T) int64 -> the token's row + the position's (B, T, C), in `dtype`."""
+    return (F.embedding(idx, wte) + wpe[: idx.shape[1]]).to(dtype)
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:

@@ -22,7 +22,10 @@ def header(s: Session, source: str) -> str:
     precision = [s.precision + (" autocast" if s.precision != "fp32" else "")]
     if s.device.type == "cuda":
         precision += [f"TF32 {'on' if c.tf32 else 'off'}"]
+    if s.precision != "fp32":
+        precision += [f"residual stream {s.stream}"]
     precision += ["compiled" if s.compile else "not compiled"]
+    precision += ["blocks recomputed in backward"] if c.recompute else []
     expected = math.log(m.vocab_size)
     text = _table({
         "run": f"{c.folder}, {source}" + (f", from step {s.step}" if s.step else ""),

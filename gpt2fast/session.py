@@ -15,6 +15,7 @@ from gpt2fast.config import TrainConfig
 from gpt2fast.data import Dataset, Loader
 from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_tf32
 from gpt2fast.errors import RunError, UserError
+from gpt2fast.graph import GraphedStep
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, parameter_count
 from gpt2fast.ops import OpsConfig
@@ -53,13 +54,21 @@ class Session:
         return self.config.folder / "checkpoints"
 
     @property
+    def stream(self) -> Precision:
+        """Dtype of the residual stream."""
+        return self.precision if self.model.low_stream else "fp32"
+
+    @property
     def resolved(self) -> dict:
         """What "auto" became, and what the data is: recorded beside the settings."""
         return {
             "device": str(self.device),
             "device_name": device_name(self.device),
             "precision": self.precision,
+            "residual": self.stream,
             "compile": self.compile,
+            "cuda_graph": isinstance(self.take_step, GraphedStep),
+            "optimizer": "triton" if isinstance(self.take_step.optimizer, optim.TritonAdamW) else "torch",
             "ops": asdict(self.ops),
             "auto": self.times,
             "parameters": parameter_count(self.model),
@@ -74,11 +83,12 @@ class Session:
 def prepare(c: TrainConfig) -> Session:
     """UserError on anything that would stop the run later."""
     device = pick_device(c.device)
-    precision = pick_precision(c.precision, device, ops.interpreted(c.implementations))
+    precision = pick_precision(c.precision, device, ops.interpreted(c.implementations, c.optimizer))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     c = config.resolve(c, memory)
     config.check(c)
     ops.build(c.implementations, device.type)
+    check_optimizer(c, device, precision)
     ops.check_sizes(c.implementations, c.model.n_embd, c.model.n_embd // c.model.n_head)
     if c.tensorboard:
         run.check_tensorboard()
@@ -91,8 +101,11 @@ def prepare(c: TrainConfig) -> Session:
 
     set_tf32(device, c.tf32)
     compiled = compiling_pays(c, device) if c.compile == "auto" else c.compile == "on"
-    choice = choose_ops(c, device, precision, compiled)
-    model = GPT(c.model, ops.build(choice.ops, device.type), c.seed).to(device)
+    low = stream_is_low(c, device, precision)
+    choice = choose_ops(c, device, precision, compiled, low)
+    built = ops.build(choice.ops, device.type)
+    model = GPT(c.model, built, c.seed, low_stream=low, recompute=c.recompute).to(device)
+    kernels = ops.kernels(device.type) if adamw_is_ours(c, choice.ops, device, precision) else None
     s = Session(
         config=c,
         device=device,
@@ -105,9 +118,9 @@ def prepare(c: TrainConfig) -> Session:
         val=val_loader(c, dataset),
         entropy=data.unigram_entropy(data.count_tokens(dataset.train, c.model.vocab_size)),
         model=model,
-        take_step=TrainingStep(
+        take_step=(GraphedStep if c.cuda_graph else TrainingStep)(
             model,
-            optim.adamw(model, c.weight_decay, (c.beta1, c.beta2)),
+            optim.adamw(model, c.weight_decay, (c.beta1, c.beta2), kernels=kernels),
             precision=precision,
             accumulation=c.accumulation,
             grad_clip=c.grad_clip,
@@ -129,25 +142,58 @@ def compiling_pays(c: TrainConfig, device: torch.device) -> bool:
     return work > COMPILE_FLOPS and any(map(shutil.which, ("g++", "clang++")))
 
 
-def choose_ops(c: TrainConfig, device: torch.device, precision: Precision, compiled: bool) -> auto.Choice:
+def stream_is_low(c: TrainConfig, device: torch.device, precision: Precision) -> bool:
+    """Whether the residual stream is in autocast's dtype. A sum of 2 n_layer branches may pass fp16's 65504."""
+    if c.residual == "auto":
+        return device.type == "cuda" and precision == "bf16"
+    return c.residual == "low" and precision != "fp32"
+
+
+def check_optimizer(c: TrainConfig, device: torch.device, precision: Precision) -> None:
+    """UserError if --optimizer triton or --cuda-graph was asked for and cannot be had."""
+    if c.cuda_graph and device.type != "cuda":
+        raise UserError(f"--cuda-graph needs a CUDA GPU, and this run is on {device}: leave it out")
+    if c.cuda_graph and (c.optimizer == "torch" or precision == "fp16"):
+        what = "fp16" if precision == "fp16" else "--optimizer torch"
+        raise UserError(f"--cuda-graph records our own AdamW, which is not that of {what}: leave one of them out")
+    if c.optimizer == "triton" and precision == "fp16":
+        raise UserError("--optimizer triton knows no loss scaling, which fp16 needs: use --optimizer torch")
+    if c.optimizer == "triton" or c.cuda_graph:
+        ops.kernels(device.type)
+
+
+def adamw_is_ours(c: TrainConfig, chosen: OpsConfig, device: torch.device, precision: Precision) -> bool:
+    """What --optimizer says; auto follows the ops, since who avoids Triton for all of them has a reason."""
+    if c.optimizer == "auto":
+        some = not set(ops.TRITON).isdisjoint(asdict(chosen).values())
+        return (some or c.cuda_graph) and device.type == "cuda" and precision != "fp16"
+    return c.optimizer == "triton"
+
+
+def choose_ops(c: TrainConfig, device: torch.device, precision: Precision, compiled: bool, low: bool) -> auto.Choice:
     """What --backend and --ops say; what they leave open is measured, or on --resume taken as it was."""
     if c.backend != "auto":
         return auto.Choice(ops=c.implementations, results={})
-    if c.resume and (choice := resumed_choice(c, device, precision, compiled)):
+    if c.resume and (choice := resumed_choice(c, device, precision, compiled, low)):
         return choice
     m = c.model
     sizes = {"B": c.batch_size, "T": c.seq_len, "C": m.n_embd, "H": m.n_head, "V": m.padded_vocab_size}
-    work = Workload(**sizes, vocab_size=m.vocab_size, precision=precision, tf32=c.tf32, compiled=compiled)
+    how = {"precision": precision, "tf32": c.tf32, "compiled": compiled, "low_stream": low}
+    work = Workload(**sizes, vocab_size=m.vocab_size, **how)
     try:
         return auto.pick(c.ops, work, device)
     except torch.OutOfMemoryError:
         raise out_of_memory(c) from None
 
 
-def resumed_choice(c: TrainConfig, device: torch.device, precision: Precision, compiled: bool) -> auto.Choice | None:
+def resumed_choice(
+    c: TrainConfig, device: torch.device, precision: Precision, compiled: bool, low: bool
+) -> auto.Choice | None:
     """The choice in config.json, so that the run goes on as it began; None if it was made for something else."""
     before, resolved = config.read_record(c.folder)
+    resolved = {"residual": "fp32"} | resolved  # as it was before there was a choice
     now = {"device_name": device_name(device), "precision": precision, "compile": compiled}
+    now["residual"] = precision if low else "fp32"
     same = before.backend == "auto" and before.tf32 == c.tf32 and all(resolved.get(name) == now[name] for name in now)
     left_open = [op for op, given in asdict(c.ops).items() if given is None]
     if not same or any(getattr(before.ops, op) for op in left_open):

@@ -56,12 +56,12 @@ class TrainingStep:
         self.grad_clip = grad_clip or float("inf")
         self.device = model.wte.weight.device
         # for one micro-batch only where the optimizer rounds on its way: else the copies cost memory and save nothing
-        on_its_way = compile and accumulation == 1 and precision == "bf16" and optim.takes_copies(optimizer)
+        on_its_way = precision == "bf16" and optim.takes_copies(optimizer, compile, accumulation)
         self.rounded = None
         if on_its_way or (accumulation > 1 and precision != "fp32"):
-            self.rounded = Rounded(model, DTYPES[precision], keep_gradients=on_its_way)
-        if on_its_way:
-            optimizer.copies = dict(self.rounded.pairs)
+            self.rounded = Rounded(model, DTYPES[precision], keep_gradients=on_its_way and accumulation == 1)
+        if isinstance(optimizer, optim.AdamW):
+            optimizer.copies = dict(self.rounded.pairs) if on_its_way else {}
         forward = self.rounded.model if self.rounded else model
         self.forward = compiled(forward, self.device, mode) if compile else forward
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -82,20 +82,31 @@ class TrainingStep:
             if give_up():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
-            loss = self.loss(*next(batches)) / self.accumulation
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = optim.clip(self.optimizer, self.grad_clip)
+            total += self.micro_batch(*next(batches))
+        self.set_rate(lr)
+        return total, self.update()
+
+    def micro_batch(self, x: Tensor, y: Tensor) -> Tensor:
+        """Forward and backward; its share of the mean loss."""
+        loss = self.loss(x, y) / self.accumulation
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def update(self) -> Tensor:
+        """Clip, AdamW, no gradients any more; the norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = optim.clip(self.optimizer, self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.grad_scale = None  # what clip left there
         self.optimizer.zero_grad(set_to_none=True)
-        if self.rounded and not self.rounded.keep_gradients:
+        if self.rounded and not getattr(self.optimizer, "copies", None):
             self.rounded.refresh()
-        return total, norm
+        return norm
 
     def rehearse(self, batch: Batch) -> tuple[float, float]:
         """One micro-batch forward and backward, three times, changing nothing: its loss, and seconds for the third.

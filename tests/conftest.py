@@ -89,10 +89,12 @@ def planted(monkeypatch) -> dict[str, dict]:
 
 @pytest.fixture
 def kernels(monkeypatch) -> ModuleType:
-    """A GPU, and a module in the place of gpt2fast.kernels."""
+    """A GPU, and modules in the places of gpt2fast.kernels and gpt2fast.kernels.epilogue."""
     from gpt2fast import ops
 
-    module = ModuleType("gpt2fast.kernels")
+    module, epilogue = ModuleType("gpt2fast.kernels"), ModuleType("gpt2fast.kernels.epilogue")
+    monkeypatch.setitem(sys.modules, "gpt2fast.kernels.epilogue", epilogue)
+    epilogue.mlp = lambda *args: args
     for name in ops.NAMES:
         setattr(module, name, lambda *args: args)
     module.interpreter_fault = lambda: None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gpt2fast import auto, measure, ops
 from gpt2fast.auto import NOISE, choose
+from gpt2fast.errors import UserError
 from gpt2fast.measure import Workload
 from gpt2fast.ops import NAMES, OpsConfig
 
@@ -18,6 +19,8 @@ WORK = Workload(B=2, T=8, C=32, H=2, V=64, vocab_size=50, precision="fp32", tf32
 ALL, TWO, COMPILED = (
     {op: names.split() for op in NAMES} for names in ("torch compiled triton", "torch compiled", "torch triton")
 )
+for found in (ALL, COMPILED):
+    found["mlp"].append("epilogue")
 PLANTED = {"torch": 2.0, "compiled": 1.0}  # by the fixture `planted`
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -26,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 
 milliseconds = st.floats(1e-3, 1e3)
 results = st.fixed_dictionaries(
-    {"torch": milliseconds, "compiled": milliseconds | st.just("wrong"), "triton": milliseconds | st.just("raised")}
+    {"torch": milliseconds, "compiled": milliseconds | st.just("wrong")}
+    | dict.fromkeys(("triton", "epilogue"), milliseconds | st.just("raised"))
 )
 all_results = st.fixed_dictionaries(dict.fromkeys(NAMES, results))
 configs = st.builds(OpsConfig, **dict.fromkeys(NAMES, st.sampled_from([None, None, "torch", "compiled", "triton"])))
@@ -102,6 +106,20 @@ def test_triton_is_no_candidate_for_sizes_that_it_cannot_take(kernels):
     assert "heads have n_embd / n_head = 8 dimensions" in said[0]
 
 
+def test_an_mlp_that_cannot_be_built_is_no_candidate(kernels, monkeypatch):
+    real = ops.build
+
+    def build(config, device):
+        if config.mlp == "epilogue":
+            raise UserError("there is none")
+        return real(config, device)
+
+    monkeypatch.setattr(ops, "build", build)
+    said = []
+    assert auto.candidates(WORK, CUDA, said.append) == ALL | {"mlp": ALL["mlp"][:-1]}
+    assert said == ["note: triton is not measured: there is none"]
+
+
 def test_triton_that_is_not_installed_is_mentioned_once(kernels, monkeypatch):
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     said = []
@@ -122,7 +140,8 @@ def test_a_candidate_that_raises_is_skipped_and_reported(monkeypatch, cache_home
     said = []
     monkeypatch.setattr(measure, "SECONDS", 0.01)
     for _ in range(2):  # and is tried again
-        choice = auto.pick(OpsConfig(**dict.fromkeys(NAMES[1:], "torch")), WORK, CPU, said.append)
+        others = dict.fromkeys(set(NAMES) - {"layer_norm"}, "torch")
+        choice = auto.pick(OpsConfig(**others), WORK, CPU, said.append)
         assert choice.ops == OpsConfig().with_backend("torch")
     assert said == 2 * [
         "measuring the ops' implementations, once for this device and these sizes ...",
@@ -164,6 +183,7 @@ def test_a_candidate_that_the_cache_does_not_know_is_measured(planted, monkeypat
     planted["measured"].clear()
     for op in NAMES:
         planted[op]["triton"] = 0.1
+    planted["mlp"]["epilogue"] = 0.2
     monkeypatch.setattr(auto, "candidates", lambda *_: ALL)
     assert set(asdict(pick()[0].ops).values()) == {"triton"}
     assert planted["measured"] == list(NAMES)

@@ -13,11 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from gpt2fast import kernels
+from gpt2fast.kernels import epilogue
 from gpt2fast.kernels.registration import NAMESPACE
 
 pytestmark = pytest.mark.kernel
 
 
+IDX = torch.tensor([[3, 0, 3, 19, 7, 3, 3], [7, 3, 3, 1, 0, 0, 3]])
 TARGETS = torch.tensor([0, 5, -100, 59, 17, 3])
 
 
@@ -33,6 +35,7 @@ def public(device="cpu", dtype=torch.float32) -> dict[str, Call]:
     targets = TARGETS.to(device)
     wb = [n(48, seed=1), n(48, seed=2)]
     return {
+        "embedding": Call(lambda wte, wpe: kernels.embedding(wte, wpe, IDX.to(device), dtype), [n(20, 48), n(9, 48)]),
         "gelu": Call(kernels.gelu, [n(6, 48)]),
         "bias_gelu": Call(kernels.bias_gelu, [n(6, 48), n(48)]),
         "layer_norm": Call(kernels.layer_norm, [n(6, 48), *wb]),
@@ -45,6 +48,7 @@ def public(device="cpu", dtype=torch.float32) -> dict[str, Call]:
         ),
         "linear": Call(kernels.linear, [n(6, 16), n(32, 16), n(32)]),
         "mlp": Call(kernels.mlp, [n(6, 16), n(64, 16), n(64), n(16, 64), n(16)]),
+        "mlp, epilogue": Call(epilogue.mlp, [n(6, 16), n(64, 16), n(64), n(16, 64), n(16)]),
     }
 
 
@@ -61,10 +65,21 @@ def registered() -> dict[str, list[tuple]]:
     qkv, o = n(2, 20, 96), n(2, 20, 32)
     logits, fp32, head = n(6, 64), torch.float32, (n(6, 16), n(64, 16, seed=1), TARGETS)
     return {
+        "embedding_fwd": [(n(20, 48), n(9, 48), IDX, fp32), (n(48, 20).t(), n(48, 9).t(), IDX.t(), torch.float16)],
+        "embedding_bwd": [
+            (n(2, 7, 48), IDX, 20, 9, fp32), (n(2, 7, 48).half(), IDX.t().reshape(7, 2).t(), 20, 7, fp32),
+        ],
         "gelu_fwd": [(x,), (wide,), (n(0, 8),)],
         "gelu_bwd": [(y, x), (y, wide)],
         "bias_gelu_fwd": [(x, b), (wide, b), (n(0, 48), b)],
         "bias_gelu_bwd": [(y, x, b), (y, wide, b), (n(0, 48), n(0, 48), b)],
+        "linear_gelu_fwd": [
+            (x.half(), n(24, 48).half(), n(24).half()), (wide, n(48, 24).t(), n(24)), (n(0, 2, 48), n(24, 48), n(24)),
+        ],
+        "linear_gelu_bwd": [
+            (x.half(), n(48, 24).half(), n(6, 24).half()), (wide, n(24, 48).t(), n(24, 6).t()),
+            (n(0, 2, 48), n(48, 24), n(0, 2, 24)),
+        ],
         "layer_norm_fwd": [(x, b, b, 1e-5, fp32), (wide, b, b, 1e-5, torch.float16)],
         "layer_norm_bwd": [(y, x, b, mean, rstd), (wide, wide, b, mean, rstd)],
         "add_layer_norm_fwd": [(x, y.half(), b, b, 1e-5, torch.float16), (wide, y, b, b, 1e-5, fp32)],
@@ -168,10 +183,10 @@ def test_autocast(name, device):
     with torch.autocast(device.type, torch.bfloat16):
         got = gradients(*call)
     outputs, dx = got[: len(got) - len(call.inputs)], got[len(got) - len(call.inputs) :]
-    loss, stream = "cross_entropy" in name, name == "add_layer_norm"
+    loss, stream = "cross_entropy" in name or name == "embedding", name == "add_layer_norm"
     assert [o.dtype for o in outputs] == [torch.float32] * (loss or stream) + [torch.bfloat16] * (not loss)
     assert all(g.dtype == torch.float32 for g in dx)
-    if name in ("layer_norm", "add_layer_norm", "cross_entropy"):  # these take their inputs as they are
+    if name in ("embedding", "layer_norm", "add_layer_norm", "cross_entropy"):  # these take their inputs as they are
         want = gradients(*call)
         for g, w in zip(got, want):
             torch.testing.assert_close(g.float(), w, rtol=0.02, atol=0.02)
@@ -266,7 +281,7 @@ def test_captured_in_a_cuda_graph(name, device):
     assert all(torch.equal(g, w) for g, w in zip(got, want))
 
 
-@pytest.mark.parametrize("module", ["attention", "cross_entropy", "gelu", "layer_norm"])
+@pytest.mark.parametrize("module", ["attention", "cross_entropy", "embedding", "epilogue", "gelu", "layer_norm"])
 def test_kernels_are_named_as_profiles_and_readers_expect(module):
     found = [name for name in vars(importlib.import_module(f"gpt2fast.kernels.{module}")) if name.endswith("_kernel")]
     assert found

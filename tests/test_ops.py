@@ -14,18 +14,25 @@ from gpt2fast.ops import NAMES, OpsConfig, build
 
 @pytest.fixture
 def kernels(monkeypatch) -> ModuleType:
-    """A module in the place of gpt2fast.kernels that defines the six names, each another object."""
-    module = ModuleType("gpt2fast.kernels")
+    """A module in the place of gpt2fast.kernels that defines the seven names, each another object.
+
+    And one in the place of gpt2fast.kernels.epilogue, which has mlp, and linear from elsewhere.
+    """
+    module, epilogue = ModuleType("gpt2fast.kernels"), ModuleType("gpt2fast.kernels.epilogue")
     for name in NAMES:
         setattr(module, name, lambda *args: args)
+    epilogue.mlp, epilogue.linear = lambda *args: args, module.linear
     module.interpreter_fault = lambda: None
     monkeypatch.setitem(sys.modules, "gpt2fast.kernels", module)
+    monkeypatch.setitem(sys.modules, "gpt2fast.kernels.epilogue", epilogue)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return module
 
 
-def test_the_six_names():
-    assert NAMES == ("layer_norm", "add_layer_norm", "attention", "mlp", "linear", "linear_cross_entropy")
+def test_the_seven_names():
+    assert NAMES == (
+        "embedding", "layer_norm", "add_layer_norm", "attention", "mlp", "linear", "linear_cross_entropy"
+    )  # fmt: skip
     assert tuple(vars(OpsConfig())) == NAMES
 
 
@@ -86,27 +93,40 @@ def test_an_op_without_implementation_is_refused_by_name(kernels):
     assert build(OpsConfig(attention="torch").with_backend("triton")).mlp is kernels.mlp
 
 
+def test_epilogue_is_an_mlp_and_nothing_else(kernels):
+    mixed = build(OpsConfig(mlp="epilogue").with_backend("triton"))
+    assert mixed.mlp is sys.modules["gpt2fast.kernels.epilogue"].mlp
+    assert mixed.linear is kernels.linear
+    assert build(OpsConfig(mlp="epilogue")).linear is cpu.linear
+    with pytest.raises(UserError, match=r"epilogue has no implementation of linear: take --ops.linear torch"):
+        build(OpsConfig(linear="epilogue"))
+
+
 def test_several_missing_ops_are_all_named(kernels):
     del kernels.mlp, kernels.linear
     with pytest.raises(UserError, match="mlp, linear"):
         build(OpsConfig().with_backend("triton"))
 
 
+@pytest.mark.parametrize("name", ["triton", "epilogue"])
 @pytest.mark.parametrize("value", [None, "0"], ids=["unset", "0"])
-def test_triton_on_a_cpu_is_refused_unless_it_is_interpreted(value, kernels, monkeypatch):
+def test_triton_on_a_cpu_is_refused_unless_it_is_interpreted(value, name, kernels, monkeypatch):
     if value is None:
         monkeypatch.delenv("TRITON_INTERPRET")
     else:
         monkeypatch.setenv("TRITON_INTERPRET", value)
     with pytest.raises(UserError, match=r"needs a CUDA GPU.* on cpu: use --backend torch, or set TRITON_INTERPRET=1"):
-        build(OpsConfig(mlp="triton"), "cpu")
-    assert build(OpsConfig(mlp="triton"), "cuda").mlp is kernels.mlp
+        build(OpsConfig(mlp=name), "cpu")
+    module = kernels if name == "triton" else sys.modules["gpt2fast.kernels.epilogue"]
+    assert build(OpsConfig(mlp=name), "cuda").mlp is module.mlp
 
 
 def test_triton_that_is_not_installed_is_refused(kernels, monkeypatch):
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package triton \(pip install triton.*--backend torch"):
         build(OpsConfig(linear="triton"))
+    with pytest.raises(UserError, match=r"needs the package triton"):
+        build(OpsConfig(mlp="epilogue"))
     assert build(OpsConfig()).linear is cpu.linear
 
 
@@ -119,6 +139,7 @@ def test_an_interpreter_that_cannot_run_them_is_refused(kernels):
 def test_only_triton_ops_are_interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.interpreted(OpsConfig(mlp="triton").with_backend("torch"))
+    assert ops.interpreted(OpsConfig(mlp="epilogue").with_backend("torch"))
     assert not ops.interpreted(OpsConfig().with_backend("torch"))
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not ops.interpreted(OpsConfig().with_backend("triton"))
@@ -139,7 +160,9 @@ def test_sizes_that_a_kernel_cannot_take_are_refused():
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(UserError, match="unknown implementation 'cuda': it is torch, compiled or triton"):
+    with pytest.raises(
+        UserError, match="unknown implementation 'cuda': it is torch, compiled, triton or, of mlp, epilogue"
+    ):
         build(OpsConfig(linear="cuda"))
 
 

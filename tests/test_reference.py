@@ -19,6 +19,13 @@ def naive_layer_norm(x, w, b, eps):
     return (x - mean) / torch.sqrt(var + eps) * w + b
 
 
+def naive_embedding(wte, wpe, idx, dtype):
+    """One position of one sequence at a time."""
+    B, T = idx.shape
+    rows = [wte[token] + wpe[i % T] for i, token in enumerate(idx.flatten().tolist())]
+    return torch.stack(rows).view(B, T, -1).to(dtype)
+
+
 def naive_add_layer_norm(x, y, w, b, eps):
     return x + y, naive_layer_norm(x + y, w, b, eps)
 
@@ -59,9 +66,12 @@ def naive_linear_cross_entropy(x, w, targets, vocab_size=None):
 
 NAIVE = {name.removeprefix("naive_"): fn for name, fn in list(globals().items()) if name.startswith("naive_")}
 
+IDX = torch.tensor([[3, 0, 6, 3, 3], [6, 1, 3, 5, 0]])
 TARGETS = torch.tensor([0, 12, 5, -100, 12])
 CASES = [
     # name, shapes of the tensors, other arguments
+    pytest.param("embedding", [(7, 4), (9, 4)], (IDX,), id="embedding"),
+    pytest.param("embedding", [(7, 13), (1, 13)], (IDX[:, :1],), id="embedding-of-one-position"),
     pytest.param("layer_norm", [(2, 3, 8), (8,), (8,)], (EPS,), id="layer_norm"),
     pytest.param("layer_norm", [(5, 13), (13,), (13,)], (0.1,), id="layer_norm-odd-and-a-large-eps"),
     pytest.param("layer_norm", [(1, 1), (1,), (1,)], (EPS,), id="layer_norm-of-one-number"),
@@ -79,6 +89,11 @@ CASES = [
 ]
 
 
+def arguments(name: str, others: tuple, dtype: torch.dtype) -> tuple:
+    """All but the tensors that get gradients; embedding is told the dtype."""
+    return (*others, dtype) if name == "embedding" else others
+
+
 def tensors(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes]
@@ -89,7 +104,7 @@ def value_and_gradients(fn, inputs, others) -> list[Tensor]:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
+    return [*outputs, *(g.to_dense() for g in torch.autograd.grad(outputs, inputs, grads))]
 
 
 def test_every_name_has_a_formula_here():
@@ -99,6 +114,7 @@ def test_every_name_has_a_formula_here():
 @pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
 @pytest.mark.parametrize(("name", "shapes", "others"), CASES)
 def test_forward_and_every_gradient_are_the_formula_in_float64(name, shapes, others, module):
+    others = arguments(name, others, torch.float64)
     expected = value_and_gradients(NAIVE[name], tensors(shapes), others)
     got = value_and_gradients(getattr(module, name), tensors(shapes), others)
     # float64 in, float64 out, also for the loss: this file is the truth that kernels are measured against
@@ -111,13 +127,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "shapes", "others"), CASES)
 def test_outputs_have_the_dtype_of_the_input(name, shapes, others, dtype):
-    outputs = getattr(OPS, name)(*tensors(shapes, dtype), *others)
+    outputs = getattr(OPS, name)(*tensors(shapes, dtype), *arguments(name, others, dtype))
     expected = torch.float32 if name == "linear_cross_entropy" else dtype
     assert {o.dtype for o in (outputs if isinstance(outputs, tuple) else (outputs,))} == {expected}
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "shapes", "others"), CASES)
+@pytest.mark.parametrize(("name", "shapes", "others"), CASES[2:])
 def test_under_autocast_outputs_have_its_dtype(name, shapes, others, stream):
     x, *rest = tensors(shapes, torch.float32)
     if name == "add_layer_norm":
@@ -128,6 +144,18 @@ def test_under_autocast_outputs_have_its_dtype(name, shapes, others, stream):
         assert [o.dtype for o in outputs] == [stream, torch.bfloat16]
     else:
         assert outputs.dtype == (torch.float32 if name == "linear_cross_entropy" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("stream", DTYPES, ids=str)
+def test_the_embedding_is_added_in_fp32_and_rounded_once_to_the_dtype_that_was_asked_for(stream, autocast, module):
+    wte, wpe = tensors([(7, 40), (9, 40)], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        x = module.embedding(wte, wpe, IDX, stream)
+    assert torch.equal(x, (wte[IDX] + wpe[:5]).to(stream))
+    gradients = torch.autograd.grad(x.sum(), [wte, wpe])
+    assert [g.dtype for g in gradients] == 2 * [torch.float32]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
