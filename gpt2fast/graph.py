@@ -8,7 +8,8 @@ A replay launches the same kernels with the same addresses. So a batch is copied
 gradients stay where they were made, and the next `first` writes over them; what changes from step to step, the learning
 rate and the step's number, lies on the device, where the optimizer's `count` puts it before each `update`. The first
 steps of a run are taken as they are: they compile, choose algorithms and fill caches, none of which can be recorded.
-Recorded memory is not shared with validation and samples, which need their own.
+The graphs share their memory, since none needs what another left but gradients, which are alive all the time;
+validation and samples need their own.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ class GraphedStep(TrainingStep):
     def __init__(self, model: GPT, optimizer: optim.TritonAdamW, **settings):
         super().__init__(model, optimizer, **settings)
         self._taken = 0
-        self._replay: dict[str, Callable[[], None]] = {}
+        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
 
     def __call__(
         self, batches: Iterator[Batch], lr: float, give_up: Callable[[], bool] = lambda: False
@@ -43,14 +44,14 @@ class GraphedStep(TrainingStep):
             if give_up():
                 return None  # what was added up is written over by the next first
             batch = next(batches)
-            if not self._replay:
+            if not self._graphs:
                 self._record(batch)
             for place, tensor in zip(self._batch, batch):
                 place.copy_(tensor, non_blocking=True)
-            self._replay["next" if i else "first"]()
+            self._graphs["next" if i else "first"].replay()
         self.set_rate(lr)
         self.optimizer.count()
-        self._replay["update"]()
+        self._graphs["update"].replay()
         return self._total.clone(), self._norm.clone()
 
     def rehearse(self, batch: Batch) -> tuple[float, float]:
@@ -61,11 +62,12 @@ class GraphedStep(TrainingStep):
         self._batch = tuple(tensor.clone() for tensor in batch)
         self._total, self._norm = torch.zeros(2, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)  # so that gradients are new, in memory that is the recording's
-        self._replay["first"] = record(lambda: self._total.copy_(self.micro_batch(*self._batch)))
+        first = record(lambda: self._total.copy_(self.micro_batch(*self._batch)))
+        self._graphs["first"] = first
         if self.accumulation > 1:
-            self._replay["next"] = record(lambda: self._total.add_(self.micro_batch(*self._batch)))
+            self._graphs["next"] = record(lambda: self._total.add_(self.micro_batch(*self._batch)), first)
         self.optimizer.refresh()  # now, since a copy from the host would be recorded with it
-        self._replay["update"] = record(lambda: self._norm.copy_(self.clip_and_update()))
+        self._graphs["update"] = record(lambda: self._norm.copy_(self.clip_and_update()), first)
 
     def clip_and_update(self) -> Tensor:
         """What the device does in an update; the norm."""
@@ -75,12 +77,13 @@ class GraphedStep(TrainingStep):
         return norm
 
 
-def record(work: Callable[[], object]) -> Callable[[], None]:
-    """`work`, which is not done now, as a graph. What it allocates stays its own for as long as the graph lives."""
+def record(work: Callable[[], object], other: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
+    """`work`, which is not done now. What it allocates comes from the memory of `other`, or new, and is never given
+    back while the graph lives."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=other.pool() if other else None):
         work()
-    return graph.replay
+    return graph
 
 
 @contextlib.contextmanager
