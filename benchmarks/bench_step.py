@@ -1,4 +1,4 @@
-"""pytest-benchmark cases: the six ops of each backend that can be built here, and a whole step of nano.
+"""pytest-benchmark cases: the seven ops of each backend that can be built here, and a whole step of nano.
 
     python -m pytest benchmarks --benchmark-enable
 
@@ -23,6 +23,7 @@ DEVICE = pick_device()
 def inputs(op: str) -> tuple[list[torch.Tensor], list]:
     """Floating-point inputs in gpt2's width, and the other arguments."""
     shapes, others = {
+        "embedding": ([(V, C), (T, C)], [torch.randint(50257, (B, T), device=DEVICE), torch.bfloat16]),
         "layer_norm": ([(B * T, C), (C,), (C,)], [EPS]),
         "add_layer_norm": ([(B * T, C), (B * T, C), (C,), (C,)], [EPS]),
         "attention": ([(B, T, 3 * C)], [H]),

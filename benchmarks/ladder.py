@@ -1,29 +1,34 @@
 """Training tokens/s, one rung at a time: `python -m benchmarks.ladder`.
 
-Each rung is the one before plus one thing: fp32, allocator settings (a CPU only), TF32 (CUDA only), bf16 autocast,
-torch.compile, fused AdamW, then our kernels. `--rungs fused layer_norm ...` swaps single ops instead.
-All do the same work: the same initial weights and the same tokens (seeded random ids, since speed does not depend on
-the text), so their first losses must agree. Each runs in its own process, so that its peak memory is its own and a
-crash costs one row. A rung that cannot run here is a row that says why.
+The rungs are those of benchmarks/rungs.py: from fp32 to our kernels each is the one before plus one thing. `--rungs
+fused layer_norm ...` swaps single ops instead; `--rungs triton +residual ... all all_but_residual ... graph` adds and
+takes away options of ours. All do the same work: the same initial weights and the same tokens (seeded random ids,
+since speed does not depend on the text), so their first losses must agree. Each runs in its own process, so that its
+peak memory is its own and a crash costs one row. A rung that cannot run here is a row that says why. With `--jobs`
+several compile at a time, which is most of a rung's minute on a GPU; they are timed one after the other all the same,
+and the few passes of a neighbour that has compiled do not move the median of forty steps.
 """
 
 import argparse
+import contextlib
+import fcntl
+import gc
 import json
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks import harness
-from gpt2fast import flops, machine, optim
-from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.device import Precision, device_name, pick_device, set_tf32
+from benchmarks.rungs import CLIMB, RUNGS, Rung, refusal, training_step
+from gpt2fast import flops, machine
+from gpt2fast.device import device_name, pick_device
 from gpt2fast.errors import UserError, run_main
-from gpt2fast.model import GPT, SIZES
-from gpt2fast.ops import NAMES, Implementation, OpsConfig, build, interpreted
+from gpt2fast.model import SIZES
 from gpt2fast.screen import share
 from gpt2fast.step import TrainingStep
 
@@ -34,55 +39,48 @@ LEAST_SECONDS = 15.0  # a rung is not begun with less
 AGREE = 0.05  # nats: bf16 rounding moves an untrained model's loss by less than a hundredth
 
 
-@dataclass(frozen=True)
-class Rung:
-    name: str
-    allocator: bool = False
-    precision: Precision = "fp32"
-    tf32: bool = False
-    compile: bool = False
-    fused: bool = False
-    backend: Implementation = "torch"
-    swapped: str = ""  # the one op that is triton's, whatever the backend
-
-    @property
-    def ops(self) -> OpsConfig:
-        return OpsConfig(**({self.swapped: "triton"} if self.swapped else {})).with_backend(self.backend)
+@contextlib.contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+    """While this lasts, no other process is in its own turn."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # and with the process it ends, however that ends
+        yield
 
 
-FP32 = Rung("fp32")
-ALLOCATOR = replace(FP32, name="allocator", allocator=True)
-TF32 = replace(ALLOCATOR, name="tf32", tf32=True)
-BF16 = replace(TF32, name="bf16", precision="bf16")
-COMPILE = replace(BF16, name="compile", compile=True)
-FUSED = replace(COMPILE, name="fused", fused=True)
-TRITON = replace(FUSED, name="triton", backend="triton")
-CLIMB = {rung.name: rung for rung in (FP32, ALLOCATOR, TF32, BF16, COMPILE, FUSED, TRITON)}
-SWAPS = {name: replace(FUSED, name=name, swapped=name) for name in NAMES}  # "fused" with one op of ours each
-RUNGS = CLIMB | SWAPS
-
-
-def measure(
-    rung: Rung, size: str, B: int, T: int, device: torch.device, warmup: int, steps: int, seconds: float
-) -> dict:
+def measure(rung: Rung, size: str, B: int, T: int, device: torch.device, options: argparse.Namespace) -> dict:
     """Train on this rung and time each step. {"status": "skipped", "why"} if it makes no sense on this device."""
-    if rung.name == "tf32" and device.type != "cuda":
-        return {"status": "skipped", "why": f"{device.type} has no TF32"}
-    if rung.name == "allocator" and device.type != "cpu":
-        return {"status": "skipped", "why": f"what is computed on {device.type} does not use the C library's allocator"}
-    if interpreted(rung.ops):
-        return {"status": "skipped", "why": "the speed of Triton's interpreter says nothing: unset TRITON_INTERPRET"}
+    if why := refusal(rung, device):
+        return {"status": "skipped", "why": why}
     try:
-        ops = build(rung.ops, device.type)
+        take_step = training_step(rung, size, T, device)
     except UserError as error:
         return {"status": "skipped", "why": str(error)}
-    if rung.allocator and device.type == "cpu":
-        keep_freed_memory()
-    config = replace(SIZES[size], block_size=max(T, SIZES[size].block_size))
-    set_tf32(device, rung.tf32)
-    model = GPT(config, ops).to(device)
-    optimizer = optim.adamw(model, 0.1, fused=rung.fused)
-    take_step = TrainingStep(model, optimizer, precision=rung.precision, compile=rung.compile)
+    start = time.perf_counter()
+    if options.lock and rung.compile:
+        compile_beforehand(take_step, B, T, device)
+    compiled = time.perf_counter() - start
+    with turn(options.lock):
+        return {"compile_s": round(compiled, 2)} | timed(take_step, rung, B, T, device, options)
+
+
+def compile_beforehand(take_step: TrainingStep, B: int, T: int, device: torch.device) -> None:
+    """Forward and backward, while others have their turn. What is compiled stays so if a neighbour has the memory."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        take_step.rehearse(next(endless_batches(take_step.model.config.vocab_size, B, T, device)))
+    take_step.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def timed(
+    take_step: TrainingStep, rung: Rung, B: int, T: int, device: torch.device, options: argparse.Namespace
+) -> dict:
+    """Warm up, then time each step."""
+    config = take_step.model.config
     batches = endless_batches(config.vocab_size, B, T, device)
     losses: list[torch.Tensor] = []
 
@@ -92,11 +90,11 @@ def measure(
             losses.append(loss)
 
     start = time.perf_counter()
-    for _ in range(max(warmup, LOSSES)):
+    for _ in range(max(options.warmup, LOSSES)):
         step()
     first = [loss.item() for loss in losses]
     warm = time.perf_counter() - start
-    times = harness.time_calls(step, device, steps, seconds)
+    times = harness.time_calls(step, device, options.steps, options.seconds)
     speed = harness.spread([B * T / t for t in times])
     peak = flops.peak_flops(device_name(device), rung.precision, rung.tf32)
     return {
@@ -122,31 +120,34 @@ def endless_batches(vocab_size: int, B: int, T: int, device: torch.device):
 
 
 def climb(options: argparse.Namespace, device: torch.device, path: Path) -> list[dict]:
-    """Run each rung in its own process; the rows, which are in `path` as soon as they exist."""
+    """Run each rung in its own process; the rows, which are in `path` as soon as they exist, in the rungs' order."""
     record = machine.record()
     settings = {"size": options.size, "B": options.batch_size, "T": options.seq_len, "data": "seeded random ids"}
     rows = []
     end = time.monotonic() + options.budget
-    for name in options.rungs:
-        limit = min(options.limit, end - time.monotonic())
-        with tempfile.TemporaryDirectory() as folder:
-            out, log = Path(folder) / "row.json", Path(folder) / "log"
-            arguments = ["--size", options.size, "--batch-size", options.batch_size, "--seq-len", options.seq_len]
-            arguments += ["--steps", options.steps, "--warmup", options.warmup, "--seconds", options.seconds]
-            print(f"{name} ...", end=" ", flush=True)
-            arguments += ["--device", device, "--only", name, out]
-            if limit < LEAST_SECONDS:
-                result = {"status": "skipped", "why": f"{options.budget:.0f} s for all rungs are over"}
-            else:
-                result = harness.run_apart("benchmarks.ladder", *arguments, limit=limit, log=log)
-            if out.exists():
-                result = json.loads(out.read_text()) | {"seconds": result["seconds"]}
-        row = {"suite": "ladder", "rung": name, **result, "config": settings | asdict(RUNGS[name]), "machine": record}
-        row["agrees"] = agrees(row, rows)
-        harness.append_row(path, row)
-        rows.append(row)
-        print(describe(row), flush=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda name: apart(name, options, device, end, Path(folder)), options.rungs)
+        for name, result in zip(options.rungs, results):
+            row = {"suite": "ladder", "rung": name, **result, "config": settings | asdict(RUNGS[name])}
+            row |= {"machine": record, "agrees": agrees(row, rows)}
+            harness.append_row(path, row)
+            rows.append(row)
+            print(f"{name}: {describe(row)}", flush=True)
     return rows
+
+
+def apart(name: str, options: argparse.Namespace, device: torch.device, end: float, folder: Path) -> dict:
+    """A rung in a process of its own, while there is time."""
+    limit = min(options.limit, end - time.monotonic())
+    if limit < LEAST_SECONDS:
+        return {"status": "skipped", "why": f"{options.budget:.0f} s for all rungs are over"}
+    out, log = folder / f"{name}.json", folder / f"{name}.log"
+    arguments = ["--size", options.size, "--batch-size", options.batch_size, "--seq-len", options.seq_len]
+    arguments += ["--steps", options.steps, "--warmup", options.warmup, "--seconds", options.seconds]
+    arguments += ["--device", device, "--only", name, out]
+    arguments += ["--lock", folder / "lock"] if options.jobs > 1 else []
+    result = harness.run_apart("benchmarks.ladder", *arguments, limit=limit, log=log)
+    return json.loads(out.read_text()) | {"seconds": result["seconds"]} if out.exists() else result
 
 
 def agrees(row: dict, before: Sequence[dict]) -> bool | None:
@@ -192,9 +193,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, default=float("inf"), help="seconds for all rungs")
     p.add_argument("--device", default="auto")
     p.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(CLIMB))
+    p.add_argument("--jobs", type=int, default=1, help="rungs that may compile at a time; they are timed one by one")
     p.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
     p.add_argument("--file", type=Path, help="append the rows to this file instead")
     p.add_argument("--only", nargs=2, metavar=("RUNG", "FILE"), help=argparse.SUPPRESS)  # what a rung's process gets
+    p.add_argument("--lock", type=Path, help=argparse.SUPPRESS)  # and with --jobs
     return p
 
 
@@ -204,13 +207,13 @@ def main(argv: Sequence[str]) -> int:
     options.size = options.size or ("gpt2" if device.type == "cuda" else "nano")
     options.batch_size = options.batch_size or (64 if device.type == "cuda" else 8)
     options.seq_len = options.seq_len or SIZES[options.size].block_size
-    for name in ("batch_size", "seq_len", "steps", "warmup", "seconds", "limit", "budget"):
+    for name in ("batch_size", "seq_len", "steps", "warmup", "seconds", "limit", "budget", "jobs"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be more than 0")
     if options.only:
         name, out = options.only
         shape = options.size, options.batch_size, options.seq_len, device
-        row = measure(RUNGS[name], *shape, options.warmup, options.steps, options.seconds)
+        row = measure(RUNGS[name], *shape, options)
         Path(out).write_text(json.dumps(row))
         return 0
     path = options.file or harness.results_file("ladder", options.out)

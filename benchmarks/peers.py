@@ -3,7 +3,8 @@
     textbook       plain PyTorch as in nanoGPT (benchmarks/textbook.py): unfused AdamW, eager and compiled
     transformers   GPT2LMHeadModel with SDPA and fused AdamW, eager and compiled
     liger          the same with Liger's Triton kernels; on a GPU
-    torch, triton  our two backends, eager and compiled, torch also with max-autotune
+    torch, triton  our two backends, eager and compiled, torch also with max-autotune; the residual stream and AdamW
+                   are what training takes with them
     auto           what `--backend auto` takes, compiled
 
 All do the same work: the same initial weights, tokens, AdamW and clipping; the losses of the first steps must agree.
@@ -25,8 +26,9 @@ import torch
 
 from benchmarks import harness, textbook
 from benchmarks.ladder import LEARNING_RATE, LOSSES, agrees, describe, endless_batches
-from gpt2fast import auto, flops, machine, ops, optim
+from gpt2fast import auto, flops, machine, ops, optim, session
 from gpt2fast.allocator import keep_freed_memory
+from gpt2fast.config import TrainConfig
 from gpt2fast.device import autocast, device_name, pick_device, pick_precision, set_tf32, use_allowed_cores
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.measure import Workload
@@ -93,9 +95,10 @@ def their_step(peer: Peer, ours: GPT, work: Work, device: torch.device) -> Calla
     return step
 
 
-def our_step(peer: Peer, model: GPT, work: Work) -> TrainingStep:
+def our_step(peer: Peer, model: GPT, choice: OpsConfig, work: Work, device: torch.device) -> TrainingStep:
     compile, mode = peer.mode != "eager", MAX_AUTOTUNE if peer.mode == "max-autotune" else None
-    optimizer = optim.adamw(model, 0.1)
+    ours = session.adamw_is_ours(TrainConfig(), choice, device, work.precision)
+    optimizer = optim.adamw(model, 0.1, kernels=ops.kernels(device.type) if ours else None)
     return TrainingStep(model, optimizer, precision=work.precision, compile=compile, mode=mode)
 
 
@@ -113,7 +116,9 @@ def refusal(peer: Peer, device: torch.device) -> str | None:
 def chosen(config: GPTConfig, work: Work, device: torch.device) -> tuple[OpsConfig, dict]:
     """What `--backend auto` takes in a compiled step; the same as plain strings, for the row."""
     shape = {"C": config.n_embd, "H": config.n_head, "V": config.padded_vocab_size, "vocab_size": config.vocab_size}
-    load = Workload(B=work.B, T=work.T, **shape, precision=work.precision, tf32=True, compiled=True)
+    how = {"precision": work.precision, "tf32": True, "compiled": True}
+    low = session.stream_is_low(TrainConfig(), device, work.precision)
+    load = Workload(B=work.B, T=work.T, **shape, **how, low_stream=low)
     choice = auto.pick(OpsConfig(), load, device).ops
     return choice, asdict(choice)
 
@@ -132,8 +137,9 @@ def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: in
     try:
         if peer.peer == "auto":
             choice, row["ops"] = chosen(config, work, device)
-        model = GPT(config, ops.build(choice, device.type)).to(device)
-        step = our_step(peer, model, work) if peer.ours else their_step(peer, model, work, device)
+        low = session.stream_is_low(TrainConfig(), device, work.precision)
+        model = GPT(config, ops.build(choice, device.type), low_stream=low).to(device)
+        step = our_step(peer, model, choice, work, device) if peer.ours else their_step(peer, model, work, device)
     except (UserError, ImportError) as error:
         return {"status": "skipped", "why": str(error)}
     if not peer.ours:

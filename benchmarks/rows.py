@@ -39,6 +39,10 @@ RUNGS = {
     "compile": "+ torch.compile",
     "fused": "+ fused AdamW",
     "triton": "+ our kernels",
+    "all": "+ all our options",
+    "graph": "+ CUDA graph",
+    "visible": "+ visible ops",
+    "recompute": "+ activation checkpointing",
 }
 
 

@@ -1,32 +1,30 @@
-"""One training step's device time by group of kernels, from torch.profiler."""
+"""One training step's device time by group of kernels, from torch.profiler, beside the floor (benchmarks/floor.py)."""
 
 import re
 import time
+from dataclasses import asdict
 
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import ladder
+from benchmarks import floor, ladder
 from benchmarks.harness import peak_memory
-from gpt2fast import optim
-from gpt2fast.device import set_tf32
+from benchmarks.rungs import Rung, refusal, training_step
 from gpt2fast.errors import UserError
-from gpt2fast.model import GPT, SIZES
-from gpt2fast.ops import OpsConfig, build
-from gpt2fast.step import TrainingStep, synchronize
+from gpt2fast.step import synchronize
 
 STEPS = 3
-FLOOR_MS = 76.4  # gpt2, B=64, T=1024, on an H200: matmuls at 790 TFLOP/s, the rest at 4.3 TB/s
 # The first pattern that fits a kernel's name decides. Names of cuBLAS, cuDNN, CUTLASS, ATen, Inductor, and our own.
 GROUPS = {
     "attention": r"flash|fmha|sdpa|attention",
-    "matmul": r"gemm|nvjet|splitk|triton_tem|cutlass|xmma|cublas|matmul|linear_kernel|aten::(b|add|baddb)?mm_?$|mkldnn",
-    "optimizer": r"adam|multi_tensor_apply|lpnorm|foreach|linalg_vector_norm|aten::dot",
-    "cross-entropy": r"softmax|nll|cross_entropy|logsumexp",
+    "matmul": r"gemm|nvjet|splitk|triton_tem|cutlass|xmma|cublas|matmul|^_linear_|linear_kernel"
+    r"|aten::(b|add|baddb)?mm_?$|mkldnn",
+    "optimizer": r"adam|multi_tensor_apply|lpnorm|foreach|linalg_vector_norm|square_sum|aten::dot",
+    "cross-entropy": r"softmax|nll|cross_entropy|logsumexp|^_scale_kernel",
     "layer norm": r"layer_?norm|gammabeta",
     "gelu": r"gelu",
     "embedding": r"embedding|index|gather|scatter|sort|radix",
-    "copy": r"memcpy|memset|copy|cat_|fill",
+    "copy": r"^(?!triton_(red|per)_.*sum).*(memcpy|memset|copy|cat_|fill)",  # a bias gradient may end in a cast
     "elementwise": r"elementwise|triton_(poi|red|per)|aten::(add|mul|div|sum)|reduce",
 }
 
@@ -36,16 +34,17 @@ def group_of(kernel: str) -> str:
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), "other")
 
 
-def measure(backend: str, size: str, B: int, T: int, device: torch.device, compile: bool, steps: int = STEPS) -> dict:
-    """Profile `steps` training steps, bf16. On the CPU (for tests) ops take the place of kernels."""
+def measure(rung: Rung, size: str, B: int, T: int, device: torch.device, steps: int = STEPS) -> dict:
+    """Profile `steps` training steps of this rung. On the CPU (for tests) ops take the place of kernels."""
+    common = {"backend": rung.backend, "rung": rung.name, "size": size, "B": B, "T": T, "compile": rung.compile}
     try:
-        ops = build(OpsConfig().with_backend(backend), device.type)
+        why = refusal(rung, device)
+        take_step = None if why else training_step(rung, size, T, device)
     except UserError as error:
-        return {"backend": backend, "status": "skipped", "why": str(error)}
-    set_tf32(device, True)
-    model = GPT(SIZES[size], ops).to(device)
-    take_step = TrainingStep(model, optim.adamw(model, 0.1), precision="bf16", compile=compile)
-    batches = ladder.endless_batches(model.config.vocab_size, B, T, device)
+        why = str(error)
+    if why:
+        return common | {"status": "skipped", "why": why}
+    batches = ladder.endless_batches(take_step.model.config.vocab_size, B, T, device)
     for _ in range(3):
         take_step(batches, ladder.LEARNING_RATE)
     synchronize(device)
@@ -61,12 +60,8 @@ def measure(backend: str, size: str, B: int, T: int, device: torch.device, compi
             take_step(batches, ladder.LEARNING_RATE)
         synchronize(device)
     kernels = kernel_times(profiler, device)
-    return {
-        "backend": backend,
-        "size": size,
-        "B": B,
-        "T": T,
-        "compile": compile,
+    return common | {
+        "options": asdict(rung.counted),
         "wall_ms": 1e3 * wall,
         "peak_memory": peak_memory(device),
         **by_group({name: ms / steps for name, ms in kernels.items()}),
@@ -97,13 +92,9 @@ def by_group(kernels: dict[str, float], top: int = 25) -> dict:
     }
 
 
-def table(row: dict) -> str:
+def table(row: dict, ceilings: floor.Ceilings) -> str:
+    """With what an ideal step, and this one, would take at these ceilings."""
     if "groups" not in row:
-        return f"profile of {row['backend']}: {row['status']}: {row['why']}"
-    total = row["device_ms"]
-    lines = [f"one step of {row['size']}, {row['backend']}, B {row['B']}, T {row['T']}: {row['wall_ms']:.1f} ms"]
-    lines += [f"  {group:<14}{ms:>9.2f} ms {100 * ms / total:>5.1f}%" for group, ms in row["groups"].items()]
-    lines.append(f"  {'all kernels':<14}{total:>9.2f} ms")
-    if (row["size"], row["B"], row["T"]) == ("gpt2", 64, 1024):
-        lines.append(f"  {'floor':<14}{FLOOR_MS:>9.2f} ms")
-    return "\n".join(lines)
+        return f"profile of {row['rung']}: {row['status']}: {row['why']}"
+    lines = [f"one step of {row['size']}, {row['rung']}, B {row['B']}, T {row['T']}: {row['wall_ms']:.1f} ms\n"]
+    return "\n".join([*lines, floor.table(floor.beside(row, ceilings))])

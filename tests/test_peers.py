@@ -32,6 +32,41 @@ def test_names_are_unique_and_say_whose_they_are():
     assert "textbook eager, our allocator" in peers.ALL
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "low", "ours"),
+    [
+        ("triton compiled", "cuda", True, True),
+        ("torch compiled", "cuda", True, False),
+        ("torch eager", "cpu", False, False),
+    ],
+)
+def test_ours_have_the_stream_and_the_optimizer_that_training_takes(name, device, low, ours, monkeypatch):
+    """Nothing computes: the model, the optimizer and the step are what they are asked for with."""
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def step(model, optimizer, **settings):
+        seen.update(settings)
+        raise Stop
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(peers, "set_tf32", lambda *args: None)
+    monkeypatch.setattr(peers, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(peers, "use_allowed_cores", lambda: None)
+    monkeypatch.setattr(peers.ops, "build", lambda *args: None)
+    monkeypatch.setattr(peers.ops, "kernels", lambda device: "kernels")
+    monkeypatch.setattr(peers, "GPT", lambda *args, **settings: seen.update(settings) or torch.nn.Identity())
+    monkeypatch.setattr(peers.optim, "adamw", lambda *args, **settings: seen.update(settings))
+    monkeypatch.setattr(peers, "TrainingStep", step)
+    monkeypatch.setattr(torch.nn.Identity, "to", lambda self, device: self)
+    work = peers.Work("tiny", 2, 16, "bf16", device)
+    with pytest.raises(Stop):
+        peers.measure(peers.ALL[name], work, torch.device(device), warmup=3, steps=3, seconds=0.01)
+    assert (seen["low_stream"], seen["kernels"] == "kernels") == (low, ours)
+
+
 def test_every_eager_step_makes_the_same_losses():
     pytest.importorskip("transformers", reason="one of the opponents")
     rows = {name: measure(name) for name in ("textbook eager", "transformers eager", "torch eager")}
