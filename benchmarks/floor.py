@@ -269,19 +269,32 @@ def main(argv: Sequence[str], results: Path = harness.RESULTS) -> int:
         profiles, seen = newest(results, {"size": options.size, "B": options.batch_size, "T": options.seq_len})
     seen = seen or Ceilings()
     ceilings = Ceilings(options.tflops or seen.tflops, options.tb_per_s or seen.tb_per_s, seen.memory)
-    print(f"ceilings: {ceilings.tflops:,.0f} TFLOP/s bf16, {ceilings.tb_per_s:.2f} TB/s")
-    for row in profiles:
-        print(f"\n{row['size']}, B={row['B']}, T={row['T']}, {row.get('rung', row['backend'])}, one step:\n")
-        print(table(beside(row, ceilings)))
-    if not profiles:
-        on = {f.name: f.name not in options.off for f in fields(Options)} | {"recompute": options.recompute}
-        found = parts(SIZES[options.size], options.batch_size, options.seq_len, Options(**on), ceilings.memory)
-        print(f"{options.size}, B={options.batch_size}, T={options.seq_len}, by count alone, no profile of a GPU:")
-        print(split(found, ceilings) + "\n")
-        print(table(lines(found, ceilings)))
-        if options.parts:
-            print("\n" + parts_table(found, ceilings))
+    on = {f.name: f.name not in options.off for f in fields(Options)} | {"recompute": options.recompute}
+    shape = options.size, options.batch_size, options.seq_len
+    print(text(shape, profiles, ceilings, Options(**on), options.parts))
     return 0
+
+
+def text(
+    shape: tuple[str, int, int], profiles: Sequence[dict], ceilings: Ceilings, ours: Options = ALL, each: bool = False
+) -> str:
+    """The tables of these profiles, or of what is counted where there are none."""
+    said = [f"ceilings: {ceilings.tflops:,.0f} TFLOP/s bf16, {ceilings.tb_per_s:.2f} TB/s"]
+    for row in profiles:
+        said += [f"{row['size']}, B={row['B']}, T={row['T']}, {row.get('rung', row['backend'])}, one step:"]
+        said += [table(beside(row, ceilings))]
+    if not profiles:
+        size, B, T = shape
+        found = parts(SIZES[size], B, T, ours, ceilings.memory)
+        said += [f"{size}, B={B}, T={T}, by count alone, no profile of a GPU: {split(found, ceilings)}"]
+        said += [table(lines(found, ceilings))] + [parts_table(found, ceilings)] * each
+    return "\n\n".join(said)
+
+
+def of_results(results: Path) -> str:
+    """For the README: of GPT-2's own shape."""
+    profiles, seen = newest(results, {"size": "gpt2", "B": 64, "T": 1024})
+    return text(("gpt2", 64, 1024), profiles, seen or Ceilings())
 
 
 def parts_table(found: Sequence[Part], ceilings: Ceilings) -> str:

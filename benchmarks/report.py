@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import harness, plots
+from benchmarks import floor, harness, plots
 from benchmarks.rows import UNMEASURED, Group, compared, groups, latest, number, origin, reason, rows_of, rung
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.files import write_atomic
@@ -153,6 +153,7 @@ def tables(results: Path = harness.RESULTS) -> dict[str, str]:
         "peers": sections(results, "peers", peers_table),
         "kernels": kernels_tables(results),
         "generate": sections(results, "generate", generate_table),
+        "floor": floor.of_results(results),
         "aot": aot_table(rows_of(results / "aot.jsonl")),
     }
 

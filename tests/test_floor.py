@@ -168,7 +168,7 @@ def test_the_newest_profile_among_the_results_is_taken(tmp_path, capsys):
 def test_without_a_profile_it_is_counted(tmp_path, capsys):
     assert floor.main(["--parts", "--off", "epilogue"], tmp_path) == 0
     said = capsys.readouterr().out
-    assert "gpt2, B=64, T=1024, by count alone, no profile of a GPU:\nfloor 76.4 ms = " in said
+    assert "gpt2, B=64, T=1024, by count alone, no profile of a GPU: floor 76.4 ms = " in said
     assert re.search(r"^\| GELU backward +\| gelu +\| 0.00 +\| 3.37 +\|$", said, re.MULTILINE)
     table = table_of(said.split("\n\n| part")[0])
     assert {cells[3] for cells in table.values()} == {"not measured"}

@@ -24,7 +24,11 @@ SHORT = {
     "benchmarks.report": "--check",  # and not a README written by a test
     "benchmarks.kernels": "--op gelu --tokens 64 --file rows/kernels.jsonl",
     "benchmarks.aot": "--arch 90 --case '124M gelu'",
+    "benchmarks.options": "--option checkpointing --steps 1 --batch-size 1 --device cpu --file rows/options.jsonl",
+    "benchmarks.scale": "--size nano --device cpu --lengths 32 --tokens 32 --plain --file rows/scale.jsonl",
+    "benchmarks.floor": "",
     "benchmarks.gpu": "",
+    "benchmarks.tune": "",
     "gpt2fast.train --backend triton": f"{shlex.join(tiny.FLAGS[1:])} --model.n-embd 32 --data stdlib --steps 3",
 }
 
@@ -58,7 +62,7 @@ def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_m
         key = next(key for key in (" ".join(words[:2]), " ".join([words[0], *words[2:4]]), words[0]) if key in SHORT)
         unused.discard(key)
         done = run_module(*words, *shlex.split(SHORT[key]), cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", **variables})
-        expected = 2 if key == "benchmarks.gpu" else 0  # it says that there is no GPU
+        expected = 2 if key in ("benchmarks.gpu", "benchmarks.tune") else 0  # they say that there is no GPU
         assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
     assert not unused
     assert (tmp_path / "out" / "nano" / "loss.png").exists()
