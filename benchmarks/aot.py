@@ -36,13 +36,17 @@ from benchmarks import harness
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.files import write_atomic
 from gpt2fast.kernels import launch, registration
+from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm
 from gpt2fast.kernels.attention import attention_bwd, attention_fwd
 from gpt2fast.kernels.cross_entropy import cross_entropy_fwd, cross_entropy_fwd_grad_, scale_, scaled
+from gpt2fast.kernels.embedding import embedding_bwd, embedding_fwd
+from gpt2fast.kernels.epilogue import linear_gelu_bwd, linear_gelu_fwd
 from gpt2fast.kernels.gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_bwd, gelu_fwd
 from gpt2fast.kernels.layer_norm import add_layer_norm_bwd, add_layer_norm_fwd, layer_norm_bwd, layer_norm_fwd
 
 MAX_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block
 PROCESSORS = 128  # about what such cards have
+L2_CACHE = 50 << 20  # bytes, of sm_90 and more; what it decides, older ones are not asked
 PTX_MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")  # the same three, as instructions
 INSTRUCTIONS = re.findall(
@@ -60,7 +64,7 @@ class Case:
     tensor_cores: tuple[str, ...] = ()
 
 
-def _attention(C: int, H: int, dtype: torch.dtype) -> None:
+def _attention(C: int, H: int, dtype: torch.dtype, B: int = 64) -> None:
     qkv, o, lse = torch.empty(B, T, 3 * C, dtype=dtype), torch.empty(B, T, C, dtype=dtype), torch.empty(B, H, T)
     attention_fwd(qkv, H, 0.125)
     attention_bwd(o, qkv, o, lse, H, 0.125)
@@ -72,6 +76,11 @@ def _attention_tf32(C: int, H: int) -> None:
         _attention(C, H, torch.float32)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def _embedding(C: int, stream: torch.dtype) -> None:
+    wte, wpe, idx = torch.empty(V, C), torch.empty(T, C), torch.zeros(B, T, dtype=torch.long)
+    embedding_bwd(embedding_fwd(wte, wpe, idx, stream), idx, V, T, torch.float32)
 
 
 def _layer_norm(C: int, stream: torch.dtype) -> None:
@@ -92,6 +101,12 @@ def _gelu(C: int) -> None:
     bias_gelu_bwd(x, x, b)
 
 
+def _epilogue(C: int, dtype: torch.dtype) -> None:
+    x, w = torch.empty(B * T, C, dtype=dtype), torch.empty(4 * C, C, dtype=dtype)
+    h, _ = linear_gelu_fwd(x, w, torch.empty(4 * C, dtype=dtype))
+    linear_gelu_bwd(x, w.view(C, 4 * C), h)
+
+
 def _cross_entropy() -> None:
     """A chunk of the head."""
     x, targets = torch.empty(9472, V, dtype=torch.bfloat16), torch.zeros(9472, dtype=torch.long)
@@ -101,10 +116,22 @@ def _cross_entropy() -> None:
     scaled(torch.empty(V, 768), torch.empty(()), torch.float32)
 
 
+def _adamw(C: int) -> None:
+    """A matrix of the blocks with its copy, an embedding, a bias: the kernel learns what they are at run time."""
+    table, half = ParameterTable(torch.device("cpu")), torch.empty(4 * C, C, dtype=torch.bfloat16)
+    matrix, embedding, bias = torch.empty(4 * C, C), torch.empty(V, C), torch.empty(C)
+    table.refresh([(half, matrix, matrix, matrix, half), (*[embedding] * 4, None), (*[bias] * 4, None)])
+    table.set_numbers(torch.zeros(3, 6))
+    gradient_norm(table)
+    adamw_(table, torch.ones(()))
+
+
 B, T, V = 64, 1024, 50304
 WIDTHS = {"124M": (768, 12), "355M": (1024, 16), "774M": (1280, 20), "1.5B": (1600, 25)}  # C, H
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CASES = {"124M attention bf16": Case(partial(_attention, 768, 12, torch.bfloat16), ("attention",))}
+few = partial(_attention, 768, 12, torch.bfloat16, B=4)  # heads for a device: backward is two kernels, not one
+CASES |= {"124M attention bf16, B=4": Case(few, ("attention",))}
 CASES |= {"1.5B attention bf16": Case(partial(_attention, 1600, 25, torch.bfloat16), ("attention",))}
 CASES |= {"124M attention fp32": Case(partial(_attention, 768, 12, torch.float32))}  # exact: no tensor cores
 CASES |= {"124M attention tf32": Case(partial(_attention_tf32, 768, 12), ("attention",))}
@@ -113,8 +140,19 @@ CASES |= {
     for size in WIDTHS
     for name in DTYPES
 }
+CASES |= {
+    f"{size} embedding, {name} stream": Case(partial(_embedding, WIDTHS[size][0], DTYPES[name]))
+    for size in ("124M", "1.5B")
+    for name in DTYPES
+}
 CASES |= {f"{size} gelu": Case(partial(_gelu, WIDTHS[size][0])) for size in ("124M", "1.5B")}
+CASES |= {
+    f"{size} epilogue bf16": Case(partial(_epilogue, WIDTHS[size][0], torch.bfloat16), ("linear_gelu",))
+    for size in ("124M", "1.5B")
+}
+CASES |= {"124M epilogue fp32": Case(partial(_epilogue, 768, torch.float32))}  # exact: no tensor cores
 CASES |= {"124M cross-entropy": Case(_cross_entropy)}
+CASES |= {"124M adamw": Case(partial(_adamw, 768))}
 
 
 @dataclass(frozen=True)
@@ -161,6 +199,7 @@ def gpu_instead(arch: int) -> Iterator[tuple[object, str, object]]:
     yield registration, "INTERPRETED", True  # who is interpreted may have CPU tensors
     yield launch, "capability", lambda device: divmod(arch, 10)
     yield launch, "processors", lambda device: PROCESSORS
+    yield launch, "l2_cache", lambda device: L2_CACHE
 
 
 def inspect(compiled: Compiled, arch: int) -> dict:
