@@ -12,9 +12,10 @@ Causal    The diagonal ends at the last query and the last key: query i sees key
           full tiles and those with a mask are loops of their own.
 Traffic   forward reads q, k, v and writes o, lse; backward reads q, k, v, o, do, lse and writes dq, dk, dv. The keys
           and values of a head are read once a query tile, from L2.
-Saves     q, k, v, o, lse. p is made again from lse, in two kernels: one owns queries and writes dq (and delta, for the
-          other), one owns keys and writes dk and dv. Seven matmuls instead of five, but no atomics: the same bits
-          every time.
+Saves     q, k, v, o, lse. p is made again from lse: once, in attention_backward.py, where there are heads enough to
+          give each processor its own, and dq of those in work fits in L2; else twice, in two kernels, of which one owns
+          queries and writes dq (and delta, for the other), and one owns keys and writes dk and dv: seven matmuls
+          instead of five. No atomics either way: the same bits every time.
 Numerics  Dots accumulate in fp32; p and ds are rounded to the inputs' dtype for the second dot, as in FlashAttention.
           Everything is in base 2 (exp2 is one instruction): scale is multiplied by log2 e once, lse is a base-2
           logarithm. fp32 dots are exact unless the user allowed TF32 for torch's own.
@@ -29,12 +30,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.kernels import launch
+from gpt2fast.kernels.attention_backward import _attention_bwd_kernel
 from gpt2fast.kernels.attention_tiles import (
     _attention_bwd_dkdv_kernel,
     _attention_bwd_dq_kernel,
     _attention_fwd_kernel,
 )
-from gpt2fast.kernels.registration import autocast, check_shape, check_tensors, op
+from gpt2fast.kernels.registration import autocast, check_shape, check_tensors, dot_precision, op
 
 LOG2_E = math.log2(math.e)
 D_RANGE = 16, 256
@@ -50,18 +52,13 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {f"stride_{name}{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bht")}
 
 
-def _tf32_is_allowed() -> bool:
-    """Whichever way the user said so; torch.get_float32_matmul_precision() raises where it was the newer one."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def _shared_arguments(q: Tensor, k: Tensor, scale: float, causal: bool) -> dict:
-    """What all three kernels are told: sizes, scale, flags."""
+    """What every kernel is told: sizes, scale, flags."""
     _, H, T_q, D = q.shape
     return {
         "H": H, "T_q": T_q, "T_k": k.shape[2], "D": D, "qk_scale": scale * LOG2_E, "CAUSAL": causal,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "PRECISION": "tf32" if _tf32_is_allowed() else "ieee",
+        "PRECISION": dot_precision(),
     }  # fmt: skip
 
 
@@ -95,6 +92,16 @@ def _backward(
     delta = torch.empty_like(lse)
     shared = _shared_arguments(q, k, scale, causal) | {"scale": scale}
     strides = _strides(q=q, k=k, v=v, do=do)
+    if launch.attention_one_pass(B * H, T_q, D, q.dtype, q.device):
+        tiles = launch.attention_backward(D, q.dtype, launch.capability(q.device))
+        programs = launch.persistent(B * H, q.device, per_processor=1)
+        sums = lse.new_empty(programs, triton.cdiv(T_q, tiles.BLOCK_M), shared["BLOCK_D"], tiles.BLOCK_M)
+        _attention_bwd_kernel[(programs,)](
+            q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o, do_ptr=do, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, lse_ptr=lse,
+            delta_ptr=delta, sum_ptr=sums, **strides, **_strides(o=o, dq=dq, dk=dk, dv=dv), HEADS=B * H,
+            **shared, **tiles._asdict(),
+        )  # fmt: skip
+        return
     tiles = launch.attention_dq(D, q.dtype, launch.capability(q.device))
     _attention_bwd_dq_kernel[(triton.cdiv(T_q, tiles.BLOCK_M) * B * H,)](
         q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o, do_ptr=do, dq_ptr=dq, lse_ptr=lse, delta_ptr=delta,

@@ -36,7 +36,6 @@ from gpt2fast.kernels import launch
 from gpt2fast.kernels.gelu import THREE_CUBIC, TWO_SQRT_2_OVER_PI, _z
 from gpt2fast.kernels.matmul import (
     columns,
-    dot_precision,
     load_tile,
     matrix,
     product_tile,
@@ -44,7 +43,7 @@ from gpt2fast.kernels.matmul import (
     tile_origin,
     tma_can_reach,
 )
-from gpt2fast.kernels.registration import autocast, check_shape, check_tensors, op
+from gpt2fast.kernels.registration import autocast, check_shape, check_tensors, dot_precision, op
 
 
 @triton.jit

@@ -75,6 +75,14 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
+def l2_cache(device: torch.device) -> int:
+    """Bytes; the interpreter has what an H200 has."""
+    if device.type == "cpu":
+        return 50 << 20
+    return torch.get_device_module(device).get_device_properties(device).L2_cache_size
+
+
+@functools.cache
 def memory(device: torch.device) -> int:
     """Bytes of the device; none for the interpreter, whose chunks are as small as they get."""
     if device.type == "cpu":
@@ -191,11 +199,32 @@ def matmul_tma(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     return capability >= (9, 0) and dtype != torch.float32
 
 
-def matmul_tiles(dtype: torch.dtype, capability: tuple[int, int], tma: bool) -> MatmulTiles:
+def matmul_tiles(dtype: torch.dtype, capability: tuple[int, int], aligned: bool) -> MatmulTiles:
     """128 x 256 would need all registers of a processor, and no second program would run beside it. On sm_120, and
-    through pointers from sm_90 on, 128 x 128 spill."""
+    where operands are not aligned to 16 bytes, 128 x 128 spill."""
     if dtype == torch.float32:
         return MatmulTiles(128, 256, 256, 2, 8, 2) if INTERPRETED else MatmulTiles(64, 32, 32, 1, 4, 2)
-    if tma and capability[0] in (9, 10):
+    if aligned and capability[0] in (9, 10):
         return MatmulTiles(128, 128, 64, 4, 8, 3)
-    return MatmulTiles(128, 128 if capability[0] == 8 else 64, 32, 2, 8, 4)
+    return MatmulTiles(128, 128 if aligned and capability[0] == 8 else 64, 32, 2, 8, 4)
+
+
+def attention_one_pass(heads: int, T_q: int, D: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one kernel makes dq, dk and dv (attention_backward.py), or two do. One has 5 matmuls instead of 7, and
+    its scratch costs about what a sixth would; but a processor takes whole heads, and idles when they do not divide
+    evenly. The scratch must stay in L2, and leave a quarter to what streams past. Without wgmma or tcgen05, with other
+    heads and in fp32 no tiles of a sensible size are free of spills (32 bytes on sm_100 if not causal). Not measured.
+    """
+    built_for = capability(device)[0] in (9, 10) and D in (16, 32, 64) and dtype != torch.float32
+    if not INTERPRETED and not built_for:
+        return False
+    programs = processors(device)
+    scratch = min(heads, programs) * T_q * triton.next_power_of_2(D) * 4
+    rounds = -(-heads // programs)
+    return 6 * rounds * programs <= 7 * heads and 4 * scratch <= 3 * l2_cache(device)
+
+
+def attention_backward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Of the one kernel that makes dq, dk and dv: 128 keys, since the scratch is read and written once a key tile. On
+    sm_100, 64 queries spill with Triton 3.6."""
+    return Tiles(32 if capability[0] == 10 else 64, 128, 8, 2)

@@ -5,7 +5,6 @@ dense row-major matrices, read and written in tiles; with TMA each is a tensor d
 copy engine for a tile, which comes with zeros outside; without, it is a pointer, and tiles are masked.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -85,9 +84,3 @@ def matrix(x: Tensor, tma: bool, *block: int) -> Tensor | TensorDescriptor:
     """What a kernel is given for x (..., cols), dense: itself, or a descriptor of blocks of it as (rows, cols)."""
     cols = x.shape[-1]
     return TensorDescriptor(x, [x.numel() // cols, cols], [cols, 1], list(block)) if tma else x
-
-
-def dot_precision() -> str:
-    """fp32 dots are exact unless the user allowed TF32 for torch's own, whichever way (the getter of the older way
-    raises where it was the newer one)."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

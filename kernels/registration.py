@@ -155,3 +155,9 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> Non
     """ValueError unless `tensor` has that shape."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}: it must be {tuple(shape)}")
+
+
+def dot_precision() -> str:
+    """fp32 dots are exact unless the user allowed TF32 for torch's own, whichever way (the getter of the older way
+    raises where it was the newer one)."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

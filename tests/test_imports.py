@@ -22,10 +22,11 @@ ARROWS = {
     "errors": "",
     "files": "",
     "flops": "model",
+    "graph": "model optim step",
     "kernels": "kernels",  # its own files
     "machine": "device",
     "measure": "device errors model ops step",
-    "model": "errors ops",
+    "model": "errors ops reference",
     "ops": "cpu errors kernels reference",
     "optim": "",
     "plot": "files",
@@ -35,7 +36,8 @@ ARROWS = {
     "run": "errors files",
     "sample": "allocator auto checkpoint config device errors model ops tokenizer",
     "screen": "device model session",
-    "session": "auto checkpoint config corpus data device errors flops measure model ops optim run step tokenizer",
+    "session": "auto checkpoint config corpus data device errors flops graph measure model ops optim run step "
+    "tokenizer",
     "sources": "errors",
     "step": "device model optim rounded",
     "tokenizer": "errors",
@@ -44,12 +46,17 @@ ARROWS = {
 
 KERNELS = {
     # file of kernels/: files of kernels/ that it imports
-    "attention": "attention_tiles launch registration",
+    "adamw": "launch registration",
+    "attention": "attention_backward attention_tiles launch registration",
+    "attention_backward": "attention_tiles",
     "attention_tiles": "",
     "cross_entropy": "launch registration",
+    "embedding": "launch registration",
+    "epilogue": "gelu launch matmul registration",
     "gelu": "launch registration",
     "launch": "",
     "layer_norm": "launch registration",
+    "matmul": "",
     "mlp": "gelu",
     "registration": "launch",
 }

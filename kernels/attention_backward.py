@@ -1,0 +1,141 @@
+"""All of attention's backward in one pass: dq, dk and dv from the same scores. The equations stand in attention.py.
+
+A persistent program owns a head at a time. It walks the key tiles, keeping dk and dv in registers, and for each of them
+the query tiles that see it, so that s and p are made once: five matmuls and one exponential a score, where the two
+kernels of attention_tiles.py have seven and two. dq is added up in fp32 in a scratch of the program's own, one key tile
+after the other. Nobody else adds to it: no atomics, and the same bits every time.
+
+Scratch   (PROGRAMS, query tiles, BLOCK_D * BLOCK_M) fp32, 256 kB a program at T=1024, D=64: 35 MB on an H200, in its
+          L2. Nothing is read from it for the first key tile, and the last one that a query tile sees adds, scales,
+          rounds and writes into dq. Each tile is transposed, dq^T = k^T ds: ds goes from registers to shared memory
+          once, and not back, which took 32 registers a thread.
+Traffic   of L2, a head of T=1024, D=64, causal, bf16, 128 keys in a tile: 4608 rows of queries are visited, for 1.2 MB
+          of q and do, 0.9 MB of scratch read and 0.9 MB written; one more read of o and do for delta, 0.3 MB. The dq
+          kernel of the other way reads 1.2 MB of k and v, and q, o and do: 0.4. So 0.5 MB more, 13 us at an H200's
+          5.5 TB/s / 132; two matmuls less, 33 us at 600 TFLOP/s / 132; half of the exponentials, 21 us at 16 a cycle;
+          446 instructions a warp and tile on sm_90 (Triton 3.9), where the two have 624. Not measured.
+"""
+
+import triton
+import triton.language as tl
+
+from gpt2fast.kernels.attention_tiles import _load, _query_range, _store, _visible
+
+
+@triton.jit
+def _to_scratch(dq, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """dq^T (BLOCK_D, BLOCK_M), flat, in the order in which 8 warps hold what wgmma made of 64 x 64: each thread 4
+    numbers at a time, side by side: nothing is exchanged through shared memory. Elsewhere, an order like any other."""
+    dq = dq.reshape(BLOCK_D // 16, 2, 8, 2, BLOCK_M // 16, 4, 2).permute(4, 3, 0, 2, 5, 1, 6)
+    return dq.reshape(BLOCK_D * BLOCK_M)
+
+
+@triton.jit
+def _from_scratch(dq, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The way back."""
+    dq = dq.reshape(BLOCK_M // 16, 2, BLOCK_D // 16, 8, 4, 2, 2).permute(2, 5, 3, 1, 0, 4, 6)
+    return dq.reshape(BLOCK_D, BLOCK_M)
+
+
+@triton.jit
+def _query_tiles(
+    dk, dv, k, v, q_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, sum_ptr,
+    stride_qt, stride_dot, stride_dqt, lo, hi, first, T_q, T_k, qk_scale, scale,
+    D: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv (BLOCK_N, BLOCK_D), plus what queries lo .. hi - 1 contribute; dq of those queries, plus what
+    keys first .. first + BLOCK_N - 1 do. Queries beyond T_q are zeros, and so is their do: they contribute nothing."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    for start in tl.range(lo, hi, BLOCK_M, disable_licm=True):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        q = _load(q_ptr, offs_m, stride_qt, T_q, D, True, BLOCK_D)
+        do = _load(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < T_q, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed, as the dots want it
+        p = tl.exp2(tl.fma(s, qk_scale, -lse[None, :]))
+        if MASKED:
+            p = tl.where(_visible(offs_m[None, :], offs_n[:, None], T_q, T_k, CAUSAL), p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < T_q, other=0.0)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        # p and dp are dead by now, so dq fits in their registers; dk is computed while it comes. Past L1, which the
+        # block's own stores keep right, but which is too small to hold anything until the next tile of keys
+        sum_ptrs = sum_ptr + start * BLOCK_D + tl.arange(0, BLOCK_D * BLOCK_M)
+        dq = _from_scratch(tl.load(sum_ptrs, mask=first > 0, other=0.0, cache_modifier=".cg"), BLOCK_M, BLOCK_D)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(k), ds, dq, input_precision=PRECISION)
+        seen = T_k  # keys that the tile sees, one beyond the last
+        if CAUSAL:
+            seen = tl.minimum(T_k, start + BLOCK_M + T_k - T_q)
+        if MASKED and seen <= first + BLOCK_N:
+            _store(dq_ptr, tl.trans(dq * scale), offs_m, stride_dqt, T_q, D, BLOCK_D)
+        else:
+            tl.store(sum_ptrs, _to_scratch(dq, BLOCK_M, BLOCK_D), cache_modifier=".cg")
+    return dk, dv
+
+
+@triton.jit
+def _rows_alone(
+    o_ptr, do_ptr, dq_ptr, delta_ptr, stride_ot, stride_dot, stride_dqt, T_q, T_k,
+    D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What needs no keys: delta, and dq of the query tiles that see none, and that no key tile visits."""
+    for start in tl.range(0, T_q, BLOCK_M, disable_licm=True):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        o = _load(o_ptr, offs_m, stride_ot, T_q, D, True, BLOCK_D)
+        do = _load(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
+        tl.store(delta_ptr + offs_m, tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1), mask=offs_m < T_q)
+        if CAUSAL and start + BLOCK_M + T_k - T_q <= 0:
+            none = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+            _store(dq_ptr, none, offs_m, stride_dqt, T_q, D, BLOCK_D)
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, sum_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot, stride_dqb, stride_dqh, stride_dqt,
+    stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
+    HEADS, H, T_q, T_k, qk_scale, scale,
+    D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # disable_licm: what could be computed before a loop begins would stay in registers, 30 to 70 of them, and spill
+    sum_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(T_q, BLOCK_M) * BLOCK_M * BLOCK_D
+    for bh in tl.range(tl.program_id(0), HEADS, tl.num_programs(0), disable_licm=True):
+        b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+        q = q_ptr + b * stride_qb + h * stride_qh
+        do = do_ptr + b * stride_dob + h * stride_doh
+        dq = dq_ptr + b * stride_dqb + h * stride_dqh
+        lse = lse_ptr + tl.cast(bh, tl.int64) * T_q  # not bh.to: interpreted, it is an int of Python's
+        delta = delta_ptr + tl.cast(bh, tl.int64) * T_q
+        _rows_alone(
+            o_ptr + b * stride_ob + h * stride_oh, do, dq, delta, stride_ot, stride_dot, stride_dqt, T_q, T_k,
+            D, CAUSAL, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        for first in tl.range(0, T_k, BLOCK_N, disable_licm=True):
+            tl.debug_barrier()  # delta and the scratch are read by other threads of the program than wrote them
+            offs_n = first + tl.arange(0, BLOCK_N)
+            k = _load(k_ptr + b * stride_kb + h * stride_kh, offs_n, stride_kt, T_k, D, True, BLOCK_D)
+            v = _load(v_ptr + b * stride_vb + h * stride_vh, offs_n, stride_vt, T_k, D, True, BLOCK_D)
+            dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+            dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+            lo, full = _query_range(first, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
+            if first + BLOCK_N >= T_k:  # p of keys that are zeros is exp(-lse), maybe infinite: 0 * inf is NaN in dq
+                full = tl.cdiv(T_q, BLOCK_M) * BLOCK_M
+            dk, dv = _query_tiles(
+                dk, dv, k, v, q, do, dq, lse, delta, sum_ptr, stride_qt, stride_dot, stride_dqt,
+                lo, full, first, T_q, T_k, qk_scale, scale,
+                D, True, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            dk, dv = _query_tiles(
+                dk, dv, k, v, q, do, dq, lse, delta, sum_ptr, stride_qt, stride_dot, stride_dqt,
+                full, T_q, first, T_q, T_k, qk_scale, scale,
+                D, False, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            dk_rows, dv_rows = dk_ptr + b * stride_dkb + h * stride_dkh, dv_ptr + b * stride_dvb + h * stride_dvh
+            _store(dk_rows, dk * scale, offs_n, stride_dkt, T_k, D, BLOCK_D)
+            _store(dv_rows, dv, offs_n, stride_dvt, T_k, D, BLOCK_D)
+        tl.debug_barrier()  # the next head's sums go where the last were read
