@@ -21,7 +21,7 @@ SHOWN = ("124M attention bf16", "124M layer norm, bf16 stream")
 def aot_table(rows: Sequence[dict]) -> str:
     """Registers a thread and KiB of shared memory a block, as the newest Triton has it, at 124M's shapes."""
     newest = max((row["triton"] for row in rows), key=lambda version: [int(n) for n in re.findall(r"\d+", version)[:3]])
-    found: dict[tuple, list[str]] = {}
+    found: dict[tuple, dict[int, str]] = {}
     for arch in ARCHITECTURES:
         seen: set[str] = set()
         for row in rows:
@@ -29,10 +29,13 @@ def aot_table(rows: Sequence[dict]) -> str:
                 residual = ", with residual" if row["kernel"] in seen else ""  # LayerNorm is launched without it first
                 seen.add(row["kernel"])
                 cell = f"{row['registers']}, {row['shared'] / 1024:.0f} KiB"
-                found.setdefault((row["kernel"], residual, row["num_warps"]), []).append(cell)
+                found.setdefault((row["kernel"], residual, row["num_warps"]), {})[arch] = cell
     return table(
         ["kernel", *(f"sm_{arch}" for arch in ARCHITECTURES)],
-        ([f"`{kernel}`{residual}, {warps} warps", *cells] for (kernel, residual, warps), cells in found.items()),
+        (
+            [f"`{kernel}`{residual}, {warps} warps", *(cells.get(arch, "-") for arch in ARCHITECTURES)]
+            for (kernel, residual, warps), cells in found.items()
+        ),
     )
 
 

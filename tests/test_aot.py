@@ -73,10 +73,12 @@ def test_attention_uses_each_architectures_tensor_cores():
 @pytest.mark.slow
 def test_what_this_triton_makes_of_the_kernels_as_they_are_now(run_module, tmp_path):
     cases = [case for case in aot.CASES if case.startswith("124M")]
-    done = run_module("benchmarks.aot", "--case", *cases, "--out", tmp_path / "aot.jsonl", timeout=900)
+    architectures = [80, 90, 100, 120]  # 86 and 89 are compiled as 80 is
+    options = ["--case", *cases, "--arch", *architectures, "--out", tmp_path / "aot.jsonl"]
+    done = run_module("benchmarks.aot", *options, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "aot.jsonl").read_text().splitlines()]
-    assert covered(rows) == {(case, arch) for case in cases for arch in aot.MAX_SHARED}
+    assert covered(rows) == {(case, arch) for case in cases for arch in architectures}
 
 
 def test_an_interpreted_process_is_told_that_it_cannot_compile(run_module):

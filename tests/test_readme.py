@@ -37,7 +37,7 @@ def test_the_first_two_blocks_are_what_ci_runs():
     main, tests = (block.strip() for block in BLOCKS[:2])
     assert main.startswith("python3 -m venv .venv &&")
     assert main.endswith("python -m gpt2fast.train")
-    assert tests.endswith("'.[test]' && .venv/bin/python -m pytest")
+    assert tests.endswith("'.[test]' && .venv/bin/python -m pytest -n 2 --dist loadfile")
     script = (CHECKOUT / ".ci" / "run").read_text()
     assert 'eval "$(readme_command 2)"' in script
     assert 'eval "$(readme_command 1) ' in script

@@ -168,3 +168,12 @@ def test_a_row_that_was_cut_off_is_named(tmp_path):
     path.write_text(path.read_text() + json.dumps(peer("torch eager", 2))[:30])
     with pytest.raises(UserError, match="line 2"):
         tables(tmp_path)
+
+
+def test_a_kernel_that_some_architectures_do_without_has_its_figures_below_the_others():
+    row = {"triton": "3.9.0", "case": "124M attention bf16", "num_warps": 8, "shared": 2048}
+    rows = [row | {"kernel": "_a_kernel", "arch": arch, "registers": arch} for arch in report.ARCHITECTURES]
+    rows += [row | {"kernel": "_b_kernel", "arch": 90, "registers": 7}]
+    *_, a, b = report.aot_table(rows).splitlines()
+    assert a == "| `_a_kernel`, 8 warps | " + " | ".join(f"{arch}, 2 KiB" for arch in report.ARCHITECTURES) + " |"
+    assert b == "| `_b_kernel`, 8 warps | - | - | - | 7, 2 KiB | - | - |"
