@@ -69,7 +69,7 @@ def tunables(size: str = "gpt2") -> dict[str, Kernel]:
         Kernel("adamw_chunk", "adamw", "forward",
                [Chunk(4096, b, w) for b in (512, 1024, 2048, 4096) for w in (2, 4, 8)], {"norm": True}),
         Kernel("embedding_bucket", "embedding", "backward",
-               [Rows(m, n, w) for m in (4, 8, 16) for n in (64, 128, 256) for w in (1, 2)], {"long": False}),
+               [Rows(m, n, w) for m in (2, 4, 8) for n in (64, 128, 256) for w in (1, 2)], {"long": False}),
         Kernel("embedding_batch", "embedding", "backward",
                [Rows(m, n, w) for m in (8, 16, 32) for n in (128, 256, 512) for w in (2, 4)]),
     ]  # fmt: skip

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from gpt2fast.kernels import launch
 from gpt2fast.kernels.registration import DTYPES, check_device, check_shape, check_tensors, op
 
-LONG = 64  # positions of a token: the most that one warp adds, eight at a time
+LONG = 64  # positions of a token: the most that one warp adds, four at a time
 INF = tl.constexpr(0x7F800000)  # as an integer; NaN is above
 SIGNLESS = tl.constexpr(0x7FFFFFFF)
 

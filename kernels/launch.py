@@ -137,10 +137,11 @@ def embedding_batch(B: int) -> Rows:
 
 
 def embedding_bucket(long: bool) -> Rows:
-    """Positions of one token: few of them in one warp, so that many tokens are in work; else 16 kB in flight."""
+    """Positions of one token: few of them in one warp, so that many tokens are in work; else 8 or 16 kB in flight.
+    16 numbers a thread, since int64 takes two registers for each: with 32 they spill in Triton 3.6."""
     if INTERPRETED:
         return Rows(128 if long else 8, 1024, 8)
-    return Rows(128, 64, 8) if long else Rows(8, 128, 1)
+    return Rows(64, 64, 8) if long else Rows(4, 128, 1)
 
 
 def cross_entropy_block(V: int) -> tuple[int, int]:
