@@ -124,7 +124,7 @@ def milliseconds(work: float, moved: float, ceilings: Ceilings) -> float:
 
 NEXT = {
     "matmul": "the epilogue's tiles by benchmarks.tune, against cuBLAS; FP8 for the head (4 to 6 ms)",
-    "attention": "tiles by benchmarks.tune; 64 rows to a tile on the diagonal (5.6%); a forward with specialised warps",
+    "attention": "tiles by benchmarks.tune; TMA in the forward; 64 rows to a tile on the diagonal; specialised warps",
     "layer norm": "rows and stages by benchmarks.tune; the first LayerNorm in the embedding's kernel",
     "gelu": "mlp=epilogue, if its matmuls stay within a few per cent of cuBLAS",
     "cross-entropy": "the head's scale folded into AdamW; block by benchmarks.tune: rows in work must stay in L2",

@@ -28,11 +28,11 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 # The decision
 
 milliseconds = st.floats(1e-3, 1e3)
-results = st.fixed_dictionaries(
-    {"torch": milliseconds, "compiled": milliseconds | st.just("wrong")}
-    | dict.fromkeys(("triton", "epilogue"), milliseconds | st.just("raised"))
+outcomes = {"torch": milliseconds, "compiled": milliseconds | st.just("wrong")}
+outcomes |= dict.fromkeys(("triton", "epilogue"), milliseconds | st.just("raised"))
+all_results = st.fixed_dictionaries(
+    {op: st.fixed_dictionaries({name: outcomes[name] for name in ALL[op]}) for op in NAMES}
 )
-all_results = st.fixed_dictionaries(dict.fromkeys(NAMES, results))
 configs = st.builds(OpsConfig, **dict.fromkeys(NAMES, st.sampled_from([None, None, "torch", "compiled", "triton"])))
 
 

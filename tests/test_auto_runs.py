@@ -43,7 +43,7 @@ def test_the_choice_is_stored_and_shown_and_a_resumed_run_keeps_it(tmp_path, cap
     train(straight)
     shown = capsys.readouterr().out
     assert "measuring the ops" in shown
-    assert "ops         auto, forward + backward\n            layer_norm=compiled 1.00 ms (torch 2.00)\n" in shown
+    assert "ops         auto, forward + backward\n            embedding=compiled 1.00 ms (torch 2.00)\n" in shown
     assert "            mlp=torch, as --ops says\n" in shown
     chosen = record(straight)["resolved"]
     assert chosen["ops"] == dict.fromkeys(NAMES, "compiled") | {"mlp": "torch"}
@@ -81,7 +81,7 @@ def test_a_choice_for_something_else_is_made_anew_on_resume(change, tmp_path, ca
     train(replace(c, resume=True, stop_at=11, **flags))
     assert set(planted["measured"]) >= set(NAMES) - {"mlp"}
     assert set(record(c)["resolved"]["ops"].values()) == {"torch"}
-    assert "changed: auto was {'layer_norm': 'compiled'" in capsys.readouterr().out
+    assert "changed: auto was {'embedding': 'compiled'" in capsys.readouterr().out
 
 
 def test_the_model_computes_with_the_choice(tmp_path, planted):
