@@ -11,17 +11,17 @@ and the few passes of a neighbour that has compiled do not move the median of fo
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from benchmarks import harness
 from benchmarks.rungs import CLIMB, RUNGS, Rung, refusal, training_step
@@ -39,15 +39,9 @@ LEAST_SECONDS = 15.0  # a rung is not begun with less
 AGREE = 0.05  # nats: bf16 rounding moves an untrained model's loss by less than a hundredth
 
 
-@contextlib.contextmanager
-def turn(lock: Path | None) -> Iterator[None]:
-    """While this lasts, no other process is in its own turn."""
-    if lock is None:
-        yield
-        return
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # and with the process it ends, however that ends
-        yield
+def turn(lock: Path | None) -> contextlib.AbstractContextManager:
+    """While this lasts, no other process is in its own turn; with the process it ends, however that ends."""
+    return FileLock(lock) if lock else contextlib.nullcontext()
 
 
 def measure(rung: Rung, size: str, B: int, T: int, device: torch.device, options: argparse.Namespace) -> dict:
