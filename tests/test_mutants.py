@@ -1,4 +1,4 @@
-"""The mutants can be planted; one is, end to end. All of them: `python tests/mutants.py`, about eleven minutes on two cores."""
+"""The mutants can be planted; one is, end to end. All of them: `python tests/mutants.py`, about eleven minutes."""
 
 import mutants
 import pytest
