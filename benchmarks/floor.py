@@ -200,13 +200,18 @@ def table(made: Sequence[Line]) -> str:
     return markdown(HEAD, [cells(line) for line in (*made, total(made))])
 
 
+def kinds(found: Sequence[Part], ceilings: Ceilings) -> dict[str, float]:
+    """The floor's milliseconds: two groups that multiply, and all that moves."""
+    made = {
+        group: sum(milliseconds(part.flops, 0, ceilings) for part in found if part.group == group)
+        for group in ("matmul", "attention")
+    }
+    return made | {"memory-bound": sum(milliseconds(0, part.bytes, ceilings) for part in found)}
+
+
 def split(found: Sequence[Part], ceilings: Ceilings) -> str:
-    """The floor as a sum of what multiplies and what moves."""
-    matmuls = sum(milliseconds(part.flops, 0, ceilings) for part in found if part.group == "matmul")
-    attention = sum(milliseconds(part.flops, 0, ceilings) for part in found if part.group == "attention")
-    memory = sum(milliseconds(0, part.bytes, ceilings) for part in found)
-    ms = matmuls + attention + memory
-    return f"floor {ms:.1f} ms = matmuls {matmuls:.1f} + attention {attention:.1f} + memory {memory:.1f}"
+    matmuls, attention, memory = (ms := kinds(found, ceilings)).values()
+    return f"floor {sum(ms.values()):.1f} ms = matmuls {matmuls:.1f} + attention {attention:.1f} + memory {memory:.1f}"
 
 
 def ceilings_of(rows: Iterable[dict]) -> Ceilings | None:

@@ -15,18 +15,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks import draw
+from benchmarks import draw, floor
 from benchmarks.rows import compared, groups, latest, reason, rung
+from gpt2fast.model import SIZES
 
 KEY = "Description"  # of a PNG's text, where the fingerprint is
 
-# One step of gpt2 at B=64, T=1024, bf16, on an H200 that multiplies 790 TFLOP/s and copies 4.3 TB/s:
-#   matmul        48.59 TFLOP: qkv, both projections, fc and the head, forward and twice backward
-#   attention     4.33 TFLOP: q k^T and p v, halved since it is causal, and five products more backward
-#   memory-bound  40.4 GB, ideally fused: residual + LayerNorm 9.66 forward and 10.07 backward, cross-entropy with its
-#                 gradient in place 13.19, attention's delta 2.42, AdamW 3.73, embedding 0.81, gradient norm 0.50
-FLOOR = {"matmul": 61.5, "attention": 5.5, "memory-bound": 9.4}
+# One step of gpt2 in bf16, counted at an H200's ceilings
 FLOOR_SHAPE, FLOOR_GPU = {"size": "gpt2", "B": 64, "T": 1024}, "H200"
+FLOOR = {
+    kind: round(ms, 1)
+    for kind, ms in floor.kinds(
+        floor.parts(SIZES[FLOOR_SHAPE["size"]], FLOOR_SHAPE["B"], FLOOR_SHAPE["T"]), floor.Ceilings()
+    ).items()
+}
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def step_data(results: Path) -> dict:
         steps = {row["backend"]: dict(row["groups"]) for row in group.rows}
         for row in group.rows:  # what the kernels leave of the step's time, measured without a profiler
             steps[row["backend"]]["device idle"] = max(0.0, row["wall_ms"] - row["device_ms"])
-        floor = FLOOR if group.config == FLOOR_SHAPE and FLOOR_GPU in group.gpu else None
-        panels.append({"title": group.title, "floor": floor, "steps": steps})
+        ideal = FLOOR if group.config == FLOOR_SHAPE and FLOOR_GPU in group.gpu else None
+        panels.append({"title": group.title, "floor": ideal, "steps": steps})
     title = "{size}, B={B}, T={T}, bf16".format(**FLOOR_SHAPE) + f" on NVIDIA {FLOOR_GPU}"
     return {"panels": panels or [{"title": title, "floor": FLOOR, "steps": {}}], "unmeasured": not panels}
 

@@ -35,7 +35,8 @@ def test_the_floor_of_gpt2_on_an_h200():
     assert work["matmul"] == pytest.approx(48.59e12, rel=1e-3)
     assert work["attention"] == pytest.approx(4.33e12, rel=1e-3)
     assert sum(part.bytes for part in found) == pytest.approx(40.4e9, rel=1e-3)
-    assert ms(found, IDEAL) == pytest.approx(sum(plots.FLOOR.values()), abs=0.05)
+    assert ms(found, IDEAL) == pytest.approx(76.4, abs=0.05)
+    assert plots.FLOOR == {"matmul": 61.5, "attention": 5.5, "memory-bound": 9.4}
 
 
 @pytest.mark.parametrize(
