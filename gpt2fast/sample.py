@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt2fast import auto, checkpoint, config, ops, tokenizer
+from gpt2fast import pretrained, tokenizer
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.device import autocast, pick_device, pick_precision, use_allowed_cores
 from gpt2fast.errors import UserError, run_main
@@ -81,22 +81,6 @@ class SampleConfig:
     """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
 
 
-def load_run(folder: Path, device: torch.device) -> tuple[GPT, Path]:
-    """The model of a run's newest checkpoint, and where that lies."""
-    settings, resolved = config.read_record(folder)
-    found = checkpoint.list_checkpoints(folder / "checkpoints")
-    if not found:
-        raise UserError(f"{folder} holds no checkpoint yet: let the run reach its first one")
-    _, path = found[-1]
-    checkpoint.read_state(path)
-    chosen = settings.implementations
-    if settings.backend == "auto":  # what was fastest in training, where this device has it
-        chosen = auto.recall(chosen, resolved["ops"], device.type) or chosen
-    model = GPT(settings.model, ops.build(chosen, device.type))
-    checkpoint.load_model(path, model)
-    return model.to(device), path
-
-
 def main(argv: Sequence[str]) -> None:
     import tyro
 
@@ -110,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     use_allowed_cores()
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
-    model, path = load_run(options.run, device)
+    model, path = pretrained.load(options.run, device)
     print(f"{path} on {device}, {precision}")
     for i in range(options.samples):
         text = sample_text(

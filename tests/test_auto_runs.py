@@ -9,7 +9,7 @@ import tiny
 import torch
 from test_train import assert_same_run, metrics, one_thread  # noqa: F401
 
-from gpt2fast import auto, config, ops, sample, screen
+from gpt2fast import auto, config, ops, pretrained, sample, screen
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.ops import NAMES, OpsConfig
 from gpt2fast.session import prepare
@@ -155,7 +155,7 @@ def test_a_run_is_sampled_with_its_choice_or_else_with_torch(chosen, tmp_path, c
     real = ops.build
     monkeypatch.setattr(ops, "build", lambda config, device: built.append(config) or real(config, device))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    model, _ = sample.load_run(c.folder, CPU)
+    model, _ = pretrained.load(c.folder, CPU)
     assert built[-1].with_backend("torch") == OpsConfig().with_backend("torch" if chosen == "triton" else chosen)
     assert sample.generate(model, torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 5)
 

@@ -31,10 +31,11 @@ ARROWS = {
     "optim": "",
     "plot": "files",
     "prepare": "data errors files model run sources tokenizer",
+    "pretrained": "auto checkpoint config errors model ops",
     "reference": "",
     "rounded": "model",
     "run": "errors files",
-    "sample": "allocator auto checkpoint config device errors model ops tokenizer",
+    "sample": "allocator device errors model pretrained tokenizer",
     "screen": "device model session",
     "session": "auto checkpoint config corpus data device errors flops graph measure model ops optim run step "
     "tokenizer",
