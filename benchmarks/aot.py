@@ -38,6 +38,7 @@ from gpt2fast.files import write_atomic
 from gpt2fast.kernels import launch, registration
 from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm
 from gpt2fast.kernels.attention import attention_bwd, attention_fwd
+from gpt2fast.kernels.attention_decode import cached_attention_
 from gpt2fast.kernels.cross_entropy import cross_entropy_fwd, cross_entropy_fwd_grad_, scale_, scaled
 from gpt2fast.kernels.embedding import embedding_bwd, embedding_fwd
 from gpt2fast.kernels.epilogue import linear_gelu_bwd, linear_gelu_fwd
@@ -76,6 +77,11 @@ def _attention_tf32(C: int, H: int) -> None:
         _attention(C, H, torch.float32)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def _decoding(C: int, H: int, dtype: torch.dtype) -> None:
+    qkv, cache = torch.empty(8, 3 * C, dtype=dtype), torch.empty(8, H, T, C // H, dtype=dtype)
+    cached_attention_(qkv, cache, cache, torch.zeros(8, dtype=torch.long), H)
 
 
 def _embedding(C: int, stream: torch.dtype) -> None:
@@ -135,6 +141,7 @@ CASES |= {"124M attention bf16, B=4": Case(few, ("attention",))}
 CASES |= {"1.5B attention bf16": Case(partial(_attention, 1600, 25, torch.bfloat16), ("attention",))}
 CASES |= {"124M attention fp32": Case(partial(_attention, 768, 12, torch.float32))}  # exact: no tensor cores
 CASES |= {"124M attention tf32": Case(partial(_attention_tf32, 768, 12), ("attention",))}
+CASES |= {f"124M decoding {name}": Case(partial(_decoding, 768, 12, DTYPES[name])) for name in DTYPES}
 CASES |= {
     f"{size} layer norm, {name} stream": Case(partial(_layer_norm, WIDTHS[size][0], DTYPES[name]))
     for size in WIDTHS

@@ -18,13 +18,15 @@ from torch import Tensor
 from benchmarks import harness, textbook
 from gpt2fast import machine, ops
 from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.device import autocast, device_name, pick_device, pick_precision
+from gpt2fast.decode import Sampling, generate
+from gpt2fast.device import DTYPES, autocast, device_name, pick_device, pick_precision
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.model import GPT, SIZES
-from gpt2fast.sample import generate
 from gpt2fast.step import synchronize
 
-NAMES = ("gpt2fast sample", "transformers generate")
+OURS = "gpt2fast sample"
+ROUNDED = "transformers generate, rounded weights"  # which we compute with too; its sums and norms are not in fp32
+NAMES = (OURS, "transformers generate", ROUNDED)
 TIMED = 3  # texts a process
 
 
@@ -39,14 +41,22 @@ class Work:
 
 
 def writer(name: str, model: GPT, work: Work, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function (B, prompt) -> (B, prompt + tokens)."""
-    if name == NAMES[0]:
-        return lambda idx: generate(model, idx, work.tokens, temperature=0)
+    """A function (B, prompt) -> (B, tokens)."""
+    if name == OURS:
+        greedy = Sampling(temperature=0)
+        return lambda idx: generate(model, idx, work.tokens, greedy, precision=work.precision)
     theirs = textbook.hugging_face(model, cache=True).model.to(device).eval()
+    if name == ROUNDED:
+        theirs = theirs.to(DTYPES[work.precision])
     options = {"max_new_tokens": work.tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
     padding = list(range(model.config.vocab_size, model.config.padded_vocab_size))  # never written
     options |= {"pad_token_id": 0, **({"suppress_tokens": padding} if padding else {})}
-    return lambda idx: theirs.generate(idx, attention_mask=torch.ones_like(idx), **options)
+
+    def write(idx: Tensor) -> Tensor:
+        with autocast(device, "fp32" if name == ROUNDED else work.precision):
+            return theirs.generate(idx, attention_mask=torch.ones_like(idx), **options)[:, work.prompt :]
+
+    return write
 
 
 def measure(name: str, work: Work, device: torch.device) -> dict:
@@ -59,7 +69,7 @@ def measure(name: str, work: Work, device: torch.device) -> dict:
         return {"status": "skipped", "why": str(error)}
     idx = torch.randint(model.config.vocab_size, (work.B, work.prompt), generator=torch.Generator().manual_seed(0))
     idx, times = idx.to(device), []
-    with torch.no_grad(), autocast(device, work.precision):
+    with torch.no_grad():
         text = write(idx)
         for _ in range(TIMED):
             synchronize(device)
@@ -72,14 +82,14 @@ def measure(name: str, work: Work, device: torch.device) -> dict:
         "tokens_per_s": harness.spread([work.B * work.tokens / t for t in times]),
         "ms_per_token": 1e3 * median(times) / work.tokens,
         "peak_memory": harness.peak_memory(device),
-        "text": text[0, work.prompt :].tolist(),
+        "text": text[0].tolist(),
     }
 
 
 def run_all(work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
     record, rows = machine.record(), []
     for repetition in range(options.repetitions):
-        for name in NAMES:
+        for name in NAMES[: 2 if work.precision == "fp32" else 3]:
             print(f"{repetition + 1}/{options.repetitions}  {name} ...", end=" ", flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 out, log = Path(folder) / "row.json", Path(folder) / "log"
@@ -89,7 +99,7 @@ def run_all(work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
                     "benchmarks.generate", *arguments, "--only", name, out, limit=options.limit, log=log
                 )
                 result = json.loads(out.read_text()) if out.exists() else result
-            common = {"suite": "generate", "name": name, "ours": name == NAMES[0], "repetition": repetition}
+            common = {"suite": "generate", "name": name, "ours": name == OURS, "repetition": repetition}
             row = common | result | {"config": asdict(work), "machine": record}
             row["agrees"] = agreement(row, rows)
             harness.append_row(path, row)

@@ -15,6 +15,12 @@ from gpt2fast.errors import UserError, run_main
 from gpt2fast.files import write_atomic
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+REPRODUCTION = 10**10  # tokens, of FineWeb's sample-10BT
+# tokens/s of one GPU of eight, for a yardstick where nothing of ours is measured
+PUBLISHED = {
+    "one of 8 NVIDIA A100 80GB SXM, llm.c": (218_000, "300 ms a step: its `scripts/run_gpt2_124M.sh`"),
+    "one of 8 NVIDIA H100 SXM, llm.c": (468_000, "140 ms a step: modded-nanogpt's log of it, 2024-10-13"),
+}
 SHOWN = ("124M attention bf16", "124M layer norm, bf16 stream")
 
 
@@ -100,6 +106,28 @@ def compared_table(group: Group, what: str, unit: str, ms: str, mfu: bool) -> st
     return table(head, lines)
 
 
+def reproduce_table(results: Path) -> str:
+    """What 10 billion tokens take at the speed of our best step of gpt2 on each device, and at published ones."""
+    ours: dict[str, dict] = {}
+    for group in groups(results, "peers"):
+        found = [each for each in compared(group.rows, "ms") if each["ours"] and not each["why"]]
+        if group.config["size"] == "gpt2" and found:
+            best = max(found, key=lambda each: each["tokens_per_s"])
+            step = f"ours, {best['name']}, B={group.config['B']}, T={group.config['T']}, {group.config['precision']}"
+            if best["tokens_per_s"] > ours.get(group.device, {"speed": 0})["speed"]:
+                ours[group.device] = {"speed": best["tokens_per_s"], "source": step, "gpu": group.gpu}
+    lines = [[f"**{device}**", *_reproduction(each["speed"]), each["source"]] for device, each in ours.items()]
+    lines += [[device, *_reproduction(speed), source] for device, (speed, source) in PUBLISHED.items()]
+    made = table(["device", "tokens/s", "hours", "cost at $1 an hour", "where the speed is from"], lines)
+    measured = any(each["gpu"] for each in ours.values())
+    return made if measured else f"Ours on a GPU: not measured yet.\n\n{made}"
+
+
+def _reproduction(speed: float) -> list[str]:
+    hours = number(REPRODUCTION / speed / 3600)
+    return [number(speed), hours, f"${hours}"]
+
+
 def kernels_tables(results: Path) -> str:
     """At gpt2's shapes, our kernel beside the best of the others; rows of a CPU only try the program."""
     folders: dict[str, list[Group]] = {}
@@ -155,6 +183,7 @@ def tables(results: Path = harness.RESULTS) -> dict[str, str]:
         "ladder": sections(results, "ladder", ladder_table),
         "peers": sections(results, "peers", peers_table),
         "kernels": kernels_tables(results),
+        "reproduce": reproduce_table(results),
         "generate": sections(results, "generate", generate_table),
         "floor": floor.of_results(results),
         "aot": aot_table(rows_of(results / "aot.jsonl")),

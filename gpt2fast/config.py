@@ -26,6 +26,9 @@ class TrainConfig:
     """Implementation of the seven ops: plain PyTorch, our Triton kernels, or of each op what is fastest here (auto)."""
     ops: OpsConfig = field(default_factory=OpsConfig)
     """Implementation of single ops, over --backend."""
+    init_from: str | None = None
+    """Weights to begin with, for fine-tuning: a run's folder, a name on the hub (gpt2), a Hugging Face folder, llm.c's
+    .bin, nanoGPT's ckpt.pt, OpenAI's checkpoint. None: drawn from --seed."""
 
     data: str = corpus.NAME
     """A folder of token shards, or stdlib: the source of Python's standard library."""
@@ -91,7 +94,11 @@ class TrainConfig:
     val_every: int = 250
     """Steps between validations; 0: never."""
     val_batches: int = 20
-    """Micro-batches in a validation."""
+    """Micro-batches in a validation; 0: the whole split."""
+    hellaswag: Path | None = None
+    """HellaSwag's hellaswag_val.jsonl, or llm.c's .bin of it: scored every --hellaswag-every steps."""
+    hellaswag_every: int = 250
+    """Steps between HellaSwag scores; 0: never."""
     sample_every: int = 250
     """Steps between sampled texts; 0: never."""
     sample_tokens: int = 64
@@ -138,8 +145,8 @@ PRESETS = {
 CHANGEABLE = {
     "backend", "ops", "tokenizer_file", "steps", "lr", "lr_floor", "warmup", "weight_decay", "beta1", "beta2",
     "grad_clip", "optimizer", "device", "precision", "tf32", "residual", "recompute", "compile", "cuda_graph",
-    "out", "run", "resume", "stop_at", "log_every", "val_every", "val_batches", "sample_every", "sample_tokens",
-    "prompt", "checkpoint_every", "keep", "tensorboard",
+    "out", "run", "resume", "stop_at", "log_every", "val_every", "val_batches", "hellaswag", "hellaswag_every",
+    "sample_every", "sample_tokens", "prompt", "checkpoint_every", "keep", "tensorboard",
 }  # fmt: skip
 
 
@@ -180,9 +187,9 @@ def resolve(config: TrainConfig, memory: int | None) -> TrainConfig:
 def check(config: TrainConfig) -> None:
     """UserError on settings that cannot work together. They must be resolved."""
     c = config
-    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "val_batches", "sample_tokens", "keep"]
+    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "sample_tokens", "keep"]
     natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
-    natural += ["val_every", "sample_every", "checkpoint_every"]
+    natural += ["val_every", "val_batches", "hellaswag_every", "sample_every", "checkpoint_every"]
     positive += [name for name in ("log_every", "stop_at") if getattr(c, name) is not None]
     for name in positive + natural:
         value, least = getattr(c, name), "more than 0" if name in positive else "at least 0"
@@ -255,7 +262,8 @@ def from_dict(values: dict) -> TrainConfig:
     values["model"] = GPTConfig(**values["model"])
     values["ops"] = OpsConfig(**values["ops"])
     values["out"] = Path(values["out"])
-    values["tokenizer_file"] = values["tokenizer_file"] and Path(values["tokenizer_file"])
+    for name in ("tokenizer_file", "hellaswag"):
+        values[name] = values.get(name) and Path(values[name])
     return TrainConfig(**values)
 
 

@@ -16,6 +16,7 @@ __path__ = [str(folder) for folder in _folders if (folder / "registration.py").i
 # after __path__, by which these are found
 from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm  # noqa: E402
 from gpt2fast.kernels.attention import attention, flash_attention  # noqa: E402
+from gpt2fast.kernels.attention_decode import cached_attention  # noqa: E402
 from gpt2fast.kernels.cross_entropy import cross_entropy, linear_cross_entropy  # noqa: E402
 from gpt2fast.kernels.embedding import embedding  # noqa: E402
 from gpt2fast.kernels.gelu import bias_gelu, gelu  # noqa: E402
@@ -24,7 +25,7 @@ from gpt2fast.kernels.mlp import linear, mlp  # noqa: E402
 from gpt2fast.kernels.registration import interpreter_fault  # noqa: E402
 
 __all__ = [
-    "ParameterTable", "adamw_", "add_layer_norm", "attention", "bias_gelu", "cross_entropy", "embedding",
-    "flash_attention", "gelu", "gradient_norm", "interpreter_fault", "layer_norm", "linear", "linear_cross_entropy",
-    "mlp",
+    "ParameterTable", "adamw_", "add_layer_norm", "attention", "bias_gelu", "cached_attention", "cross_entropy",
+    "embedding", "flash_attention", "gelu", "gradient_norm", "interpreter_fault", "layer_norm", "linear",
+    "linear_cross_entropy", "mlp",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ hands both on: the LayerNorm at a block's end belongs to the next block, or is l
 Shapes: B batch, T positions, C = n_embd, H = n_head, V = vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from gpt2fast.errors import UserError
 from gpt2fast.ops import Ops
 from gpt2fast.reference import compute_dtype
 
+Attend = Callable[[Tensor, int], Tensor]  # in the place of ops.attention
 VOCAB_SIZE = 50257
 EPS = 1e-5
 INIT_STD = 0.02
@@ -92,9 +94,9 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, attend: Attend | None = None) -> Tensor:
         qkv = self.ops.linear(h, self.c_attn.weight, self.c_attn.bias)  # (B, T, 3C)
-        o = self.ops.attention(qkv, self.n_head)  # (B, T, C)
+        o = (attend or self.ops.attention)(qkv, self.n_head)  # (B, T, C)
         return self.ops.linear(o, self.c_proj.weight, self.c_proj.bias)
 
 
@@ -118,10 +120,10 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config, ops)
 
-    def forward(self, x: Tensor, h: Tensor, next_ln: LayerNorm) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, h: Tensor, next_ln: LayerNorm, attend: Attend | None = None) -> tuple[Tensor, Tensor]:
         """The stream x and h = ln_1(x), both (B, T, C) -> the new stream and next_ln of it."""
         add_layer_norm = self.ops.add_layer_norm
-        x, h = add_layer_norm(x, self.attn(h), self.ln_2.weight, self.ln_2.bias, EPS)
+        x, h = add_layer_norm(x, self.attn(h, attend), self.ln_2.weight, self.ln_2.bias, EPS)
         return add_layer_norm(x, self.mlp(h), next_ln.weight, next_ln.bias, EPS)
 
 
@@ -171,22 +173,25 @@ class GPT(nn.Module):
             h.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size
         )
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """Tokens (B, T) -> the final LayerNorm's output (B, T, C)."""
-        T = idx.shape[1]
-        if self.config.block_size < T:
-            raise UserError(f"{T} positions are more than block_size {self.config.block_size}: shorten the sequence")
-        wte, wpe = self.wte.weight, self.wpe.weight
+    def hidden(self, idx: Tensor, wpe: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
+        """Tokens (B, T) -> the final LayerNorm's output (B, T, C).
+
+        For writing text: `wpe` (T, C) are other positions than 0 to T - 1, `attends` what each block does in the place
+        of ops.attention.
+        """
+        wte, wpe = self.wte.weight, self.wpe.weight if wpe is None else wpe
+        if len(wpe) < idx.shape[1]:
+            raise UserError(f"{idx.shape[1]} positions are more than block_size {len(wpe)}: shorten the sequence")
         # each add_layer_norm keeps this dtype: that of x + y
         x = self.ops.embedding(wte, wpe, idx, compute_dtype(wte) if self.low_stream else wte.dtype)  # (B, T, C)
         norms = [block.ln_1 for block in self.h] + [self.ln_f]
         h = self.ops.layer_norm(x, norms[0].weight, norms[0].bias, EPS)
-        for block, next_ln in zip(self.h, norms[1:]):
+        for block, next_ln, attend in zip(self.h, norms[1:], attends or [None] * len(self.h)):
             if self.recompute and torch.is_grad_enabled():
                 # nothing in a block is drawn at random
                 x, h = checkpoint(block, x, h, next_ln, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, h = block(x, h, next_ln)
+                x, h = block(x, h, next_ln, attend)
         return h
 
     def logits(self, h: Tensor) -> Tensor:

@@ -60,6 +60,9 @@ class OpsConfig:
 class Ops:
     """Seven pure functions, differentiable in every floating-point argument; `gpt2fast.reference` is what they mean.
 
+    And what attention is to one new token: `cached_attention`, of the module that attention is of. It writes to the
+    cache and has no gradient.
+
     Dtypes: outputs have the compute dtype, which is autocast's where autocast is on and the input's elsewhere; that of
     `embedding` has the dtype asked for, and the residual sum of `add_layer_norm` keeps what x + y promotes to;
     statistics and losses are fp32.
@@ -72,9 +75,10 @@ class Ops:
     mlp: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     linear: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    cached_attention: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
-NAMES = tuple(field.name for field in fields(Ops))
+NAMES = tuple(field.name for field in fields(OpsConfig))
 
 
 def build(config: OpsConfig, device: str = "cpu") -> Ops:
@@ -90,7 +94,8 @@ def build(config: OpsConfig, device: str = "cpu") -> Ops:
             f"{chosen[missing[0]]} has no implementation of {', '.join(missing)}: take --ops.{missing[0]} torch"
         )
     functions = {op: getattr(modules[name], op) for op, name in chosen.items()}
-    return Ops(**{op: _compiled(fn) if chosen[op] == "compiled" else fn for op, fn in functions.items()})
+    functions = {op: _compiled(fn) if chosen[op] == "compiled" else fn for op, fn in functions.items()}
+    return Ops(**functions, cached_attention=modules[chosen["attention"]].cached_attention)
 
 
 def check_sizes(config: OpsConfig, C: int, D: int) -> None:

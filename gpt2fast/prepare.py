@@ -1,173 +1,220 @@
-"""Your own text -> token shards: `python -m gpt2fast.prepare PATH...`.
+"""Text -> token shards: `python -m gpt2fast.prepare shakespeare`, `fineweb-edu`, `openwebtext`, or `PATH...`.
 
-Writes data/mine/train_000000.bin, ..., val_000000.bin in llm.c's format, and manifest.json: counts, sha256 of each
+Writes train_000000.bin, ..., val_000000.bin in llm.c's format, and manifest.json: the source, counts, sha256 of each
 shard, characters per token, and the unigram entropy of the corpus, which is the loss that knowing only token
-frequencies reaches. The folder gets its name when it is complete; until then it is called data/mine.partial.
+frequencies reaches. The folder gets its name when it is complete; until then it is called OUT.partial, and the same
+command goes on in it behind the last full shard, however the one before it ended.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
+import tiktoken
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from gpt2fast import run, sources, tokenizer
-from gpt2fast.data import unigram_entropy, write_shard
+from gpt2fast import corpora, tokenizer
+from gpt2fast.corpora import CORPORA, Source
+from gpt2fast.encoding import encoded
 from gpt2fast.errors import RunError, UserError, run_main
 from gpt2fast.files import publish
+from gpt2fast.flags import named_from
 from gpt2fast.model import VOCAB_SIZE
-from gpt2fast.sources import Piece
+from gpt2fast.shards import RECORD, Writer
 
-BATCH_CHARACTERS = 2**22  # tokenised in parallel at a time
+_SMALLER = "name a smaller --shard-tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Turn text files, .jsonl and .parquet, or folders of them, into token shards."""
+    """Turn a corpus, or text files, .jsonl and .parquet (.gz as well), or folders of them, into token shards."""
 
-    paths: tuple[Path, ...]
-    """Files and folders."""
-    out: Path = Path("data/mine")
-    """The folder to make."""
+    paths: tuple[str, ...]
+    """shakespeare, fineweb-edu, fineweb or openwebtext; or files and folders."""
+    out: Path | None = None
+    """The folder to make; data/<corpus> or data/mine where none is named."""
+    from_: "Annotated[Path | None, named_from()]" = None
+    """A file or folder that stands in for the corpus's download."""
     field: str = "text"
     """What holds the text in .jsonl and .parquet."""
     suffixes: tuple[str, ...] = (".txt", ".md", ".jsonl", ".parquet")
     """Files to take from folders."""
-    val_fraction: float = 0.05
-    """Share of the documents, or of each text where there are few, that is kept for validation."""
+    val_fraction: float | None = None
+    """Share of the documents, or of each text where there are few, that validates: 0.05. A corpus has its own rule."""
     shard_tokens: int = 10**8
     """Tokens in a shard."""
+    max_tokens: int | None = None
+    """Stop behind so many tokens: with 300_000_000, the first three shards."""
     threads: int = os.cpu_count() or 1
     """Of the tokenizer."""
     tokenizer_file: Path | None = None
     """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
 
+    @property
+    def corpus(self) -> str | None:
+        """The name, if it is a corpus that is asked for."""
+        return str(self.paths[0]) if len(self.paths) == 1 and str(self.paths[0]) in CORPORA else None
 
-@dataclass
-class Split:
-    """Collects one split's tokens and writes a shard whenever one is full."""
-
-    name: str
-    folder: Path
-    shard_tokens: int
-    documents: int = 0
-    characters: int = 0
-    tokens: int = 0
-    shards: list[dict] = field(default_factory=list)
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(VOCAB_SIZE, np.int64))
-    _pending: list[np.ndarray] = field(default_factory=list)
-    _pending_tokens: int = 0
-
-    def add(self, piece: Piece, ids: list[int]) -> None:
-        tokens = np.array([tokenizer.EOT, *ids] if piece.first else ids, np.uint16)
-        self.documents += piece.first
-        self.characters += len(piece.text)
-        self.tokens += len(tokens)
-        self.counts += np.bincount(tokens, minlength=VOCAB_SIZE)
-        self._pending.append(tokens)
-        self._pending_tokens += len(tokens)
-        while self._pending_tokens >= self.shard_tokens:
-            self._write(self.shard_tokens)
-
-    def finish(self) -> None:
-        if self._pending_tokens:
-            self._write(self._pending_tokens)
-
-    def _write(self, n: int) -> None:
-        tokens = np.concatenate(self._pending)
-        self._pending, self._pending_tokens = [tokens[n:]], len(tokens) - n
-        path = self.folder / f"{self.name}_{len(self.shards):06d}.bin"
-        write_shard(path, tokens[:n])
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.shards.append({"name": path.name, "tokens": n, "sha256": digest})
-
-    def manifest(self) -> dict:
-        return {name: getattr(self, name) for name in ("documents", "characters", "tokens", "shards")}
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("data") / (self.corpus or "mine")
 
 
-def prepare(c: PrepareConfig) -> dict:
-    """Tokenise and write; the manifest. UserError on bad input: then nothing is left behind."""
+def prepare(c: PrepareConfig) -> tuple[dict, int]:
+    """Tokenise and write: the manifest, and how many tokens it took from here to there.
+
+    UserError on bad input, and then nothing is left behind; RunError and Ctrl-C leave what can be gone on with.
+    """
     _check(c)
-    files = sources.find(c.paths, c.suffixes)
+    source = _source(c)
     encoding = tokenizer.load(c.tokenizer_file)
-    partial = c.out.with_name(c.out.name + ".partial")
-    try:
-        with run.locked(partial):
-            for old in partial.iterdir():
-                if old.name != "lock":
-                    old.unlink()
-            manifest = _write_shards(c, files, encoding, partial)
-            (partial / "lock").unlink(missing_ok=True)
-            publish(partial, c.out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"cannot write {error.filename or partial} ({error.strerror}): free some space, or change --out"
-        ) from None
-    except (UserError, KeyboardInterrupt):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return manifest
+    partial = c.folder.with_name(c.folder.name + ".partial")
+    with _locked(partial, c.folder):
+        identity = {"source": source.name, **source.identity, "split": source.corpus.split, "field": c.field}
+        identity |= {"shard-tokens": c.shard_tokens, "max-tokens": c.max_tokens}
+        writer = Writer(partial, c.shard_tokens, c.max_tokens, source.corpus.val_first, identity)
+        writer.resume()
+        before = writer.done.tokens
+        try:
+            manifest = _write(c, source, encoding, writer)
+            publish(partial, c.folder)
+        except BaseException as error:
+            raise _outcome(error, writer) from None
+        for name in (RECORD, "lock"):
+            (c.folder / name).unlink(missing_ok=True)
+    return manifest, manifest["tokens"] - before
 
 
 def _check(c: PrepareConfig) -> None:
-    if not 0 <= c.val_fraction <= 0.5:
+    names = [str(path) for path in c.paths if str(path) in CORPORA]
+    if not c.paths:
+        raise UserError(f"nothing to prepare: name {', '.join(CORPORA)}, or files and folders")
+    if names and len(c.paths) > 1:
+        raise UserError(f"{names[0]} is a corpus, prepared by itself: write ./{names[0]} if a path is meant")
+    if c.from_ and not c.corpus:
+        raise UserError(f"--from stands in for the download of {', '.join(CORPORA)}: name one of them")
+    if c.corpus and c.val_fraction is not None:
+        raise UserError(f"--val-fraction is for files of your own: of {c.corpus} {CORPORA[c.corpus].split}")
+    if not 0 <= (c.val_fraction or 0) <= 0.5:
         raise UserError(f"--val-fraction is {c.val_fraction}: it must lie between 0 and 0.5")
-    for name in ("shard_tokens", "threads"):
-        if getattr(c, name) < 1:
+    for name in ("shard_tokens", "threads", "max_tokens"):
+        if getattr(c, name) is not None and getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}: it must be at least 1")
+    if c.corpus and CORPORA[c.corpus].val_first and c.max_tokens is not None and c.max_tokens <= c.shard_tokens:
+        raise UserError(
+            f"--max-tokens {c.max_tokens} leaves no text for training, as the first shard validates: {_SMALLER}"
+        )
     if c.shard_tokens >= 2**31:
         raise UserError(f"--shard-tokens is {c.shard_tokens}: the format counts below {2**31}")
-    if c.out.exists():
-        raise UserError(f"{c.out} already exists: choose another folder with --out")
+    _check_free(c.folder)
 
 
-def _write_shards(c: PrepareConfig, files: Sequence[Path], encoding, folder: Path) -> dict:
-    every = round(1 / c.val_fraction) if c.val_fraction else 0
-    splits = Split("train", folder, c.shard_tokens), Split("val", folder, c.shard_tokens)
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", mininterval=0.5) as bar:
-        for pieces in _batches(sources.read(files, c.field, every)):
-            encoded = encoding.encode_ordinary_batch([piece.text for piece in pieces], num_threads=c.threads)
-            for piece, ids in zip(pieces, encoded):
-                splits[piece.val].add(piece, ids)
-            bar.update(sum(piece.size for piece in pieces))
-    train, val = splits
-    if not train.characters:
-        raise UserError(f"the corpus is empty: no text for training in {len(files)} files")
-    for split in splits:
-        split.finish()
+def _check_free(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} already exists: choose another folder with --out")
+
+
+def _source(c: PrepareConfig) -> Source:
+    if not c.corpus:
+        paths = [Path(path) for path in c.paths]
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{path} does not exist, and is no corpus ({', '.join(CORPORA)})")
+        return corpora.own(paths, c.suffixes, c.field, 0.05 if c.val_fraction is None else c.val_fraction)
+    if Path(c.corpus).exists():
+        print(f"note                 {c.corpus} is the corpus; for the path of that name write ./{c.corpus}")
+    source = corpora.named(c.corpus, c.from_, c.suffixes, c.field)
+    if source.corpus.sha256 != source.about.get("sha256"):
+        print(f"note                 {c.from_} is not the known {c.corpus}: its sha256 is {source.about['sha256']}")
+    return source
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, final: Path) -> Iterator[None]:
+    """Make `partial` and hold the lock in it, also while it is renamed to `final`."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(partial / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{partial} is in use by another process: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {partial} ({error.strerror}): choose another folder with --out") from None
+    try:
+        _check_free(final)  # the process that held the lock may have made it
+        yield
+    finally:
+        lock.release()
+
+
+def _outcome(error: BaseException, writer: Writer) -> BaseException:
+    """What to raise; OUT.partial is deleted if nobody could go on from it."""
+    if isinstance(error, OSError):
+        path = error.filename or writer.folder
+        error = RunError(f"cannot write {path} ({error.strerror}): free some space, or change --out")
+    bad_input = isinstance(error, UserError) and not isinstance(error, RunError)
+    if bad_input or not writer.recorded:
+        shutil.rmtree(writer.folder, ignore_errors=True)
+        return error
+    kept = f"{writer.folder} keeps {writer.recorded} shards: run the same command again to continue"
+    if isinstance(error, RunError):
+        return RunError(f"{error} ({kept})")
+    print(kept, file=sys.stderr)
+    return error
+
+
+def _write(c: PrepareConfig, source: Source, encoding: tiktoken.Encoding, writer: Writer) -> dict:
+    done, corpus = writer.done, source.corpus
+    if writer.recorded:
+        print(f"going on             behind shard {writer.recorded}, {done.tokens:,} tokens")
+    pieces, state = source.read(writer.folder, done.pieces, done.state)
+    by_bytes = source.bytes and not c.max_tokens
+    bar = tqdm(
+        total=source.bytes if by_bytes else min(filter(None, (corpus.tokens, c.max_tokens)), default=None),
+        initial=done.read if by_bytes else done.tokens,
+        unit="B" if by_bytes else "tok",
+        unit_scale=True,
+        desc="tokenising",
+        mininterval=0.5,
+    )
+    start, before = time.perf_counter(), done.tokens
+    if writer.full:
+        pieces = iter(())
+    with bar, contextlib.closing(encoded(pieces, state, encoding, corpus.separated, c.threads)) as batches:
+        for batch, arrays, behind in batches:
+            writer.add(batch, arrays, behind)
+            if by_bytes:
+                speed = (done.tokens - before) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            bar.update((done.read if by_bytes else done.tokens) - bar.n)
+            if writer.full:
+                break
+    counts = writer.finish()
+    if not counts["train"]["tokens"]:
+        if counts["val"]["tokens"] and corpus.val_first:
+            raise UserError(f"{done.tokens:,} tokens are not more than the first shard, which validates: {_SMALLER}")
+        raise UserError("the corpus is empty: no text for training in it")
     manifest = {
         "format": "llm.c 20240520 version 1",
-        "tokenizer": "gpt2",
-        "files": len(files),
-        "characters_per_token": (train.characters + val.characters) / (train.tokens + val.tokens),
-        "distinct_tokens": int(((train.counts + val.counts) > 0).sum()),
-        "unigram_entropy": unigram_entropy(train.counts + val.counts),
-        "train": train.manifest(),
-        "val": val.manifest(),
+        "tokenizer": {"name": "gpt2", "vocab_sha256": tokenizer.VOCAB_SHA256},
+        "source": {"name": source.name, **source.about},
+        "split": corpus.split,
+        "separator": "<|endoftext|> before each document" if corpus.separated else "none",
+        **counts,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    known = corpora.compare(manifest) if corpus.sha256 and not c.max_tokens else {}
+    if any(found != expected for found, expected in known.values()):
+        raise RunError(f"this is {source.name}, but its counts are not the known ones ({known}): update tiktoken")
+    (writer.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return manifest
-
-
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch, characters = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def main(argv: Sequence[str]) -> None:
@@ -177,18 +224,24 @@ def main(argv: Sequence[str]) -> None:
         PrepareConfig, args=argv, prog="python -m gpt2fast.prepare", config=(tyro.conf.PositionalRequiredArgs,)
     )
     start = time.perf_counter()
-    m = prepare(c)
-    train, val = m["train"], m["val"]
-    tokens = train["tokens"] + val["tokens"]
-    print(f"files                {m['files']:,}, {train['documents'] + val['documents']:,} documents")
-    print(f"tokens               {train['tokens']:,} for training, {val['tokens']:,} for validation")
+    m, new_tokens = prepare(c)
+    about = m["source"]
+    where = about.get("url") or (about["hub"]["path"] if "hub" in about else f"{', '.join(about['paths'])}")
+    print(f"source               {about['name']}: {where}")
+    print(f"documents            {m['documents']:,}" + (f" in {about['files']:,} files" if "files" in about else ""))
+    print(f"tokens               {m['train']['tokens']:,} for training, {m['val']['tokens']:,} for validation")
+    if not c.max_tokens:
+        for name, (found, known) in corpora.compare(m).items():
+            print(
+                f"known count          {found:,} {name}, " + ("as known" if found == known else f"but {known:,} known")
+            )
     print(f"characters per token {m['characters_per_token']:.2f}")
     print(f"distinct tokens      {m['distinct_tokens']:,} of {VOCAB_SIZE:,}")
     print(f"unigram entropy      {m['unigram_entropy']:.3f} nats: the loss that knowing only token frequencies reaches")
-    print(f"speed                {tokens / (time.perf_counter() - start):,.0f} tokens/s")
-    if not val["tokens"]:
+    print(f"speed                {new_tokens / (time.perf_counter() - start):,.0f} tokens/s")
+    if not m["val"]["tokens"]:
         print("note                 too little text for a validation split")
-    print(f"next                 python -m gpt2fast.train --data {c.out} --run {c.out.name}")
+    print(f"next                 python -m gpt2fast.train --data {c.folder} --run {c.folder.name}")
 
 
 if __name__ == "__main__":

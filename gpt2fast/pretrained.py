@@ -4,29 +4,61 @@ from pathlib import Path
 
 import torch
 
-from gpt2fast import auto, checkpoint, config, ops
+from gpt2fast import auto, checkpoint, config, containers, ops, weights
 from gpt2fast.errors import UserError
-from gpt2fast.model import GPT
+from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import Backend
+from gpt2fast.weights import Weights
 
 
 def load(source: str | Path, device: torch.device, backend: Backend = "auto") -> tuple[GPT, str]:
-    """The model on `device`, and where its weights lie. `source`: a run's folder, whose newest checkpoint is taken.
+    """The model on `device`, and where its weights lie. `source`: see `read`.
 
-    `backend` auto: what the run was trained with, where this device has it; else torch.
+    `backend` auto: what a run was trained with, where this device has it; else torch.
     """
-    folder = Path(source)
-    settings, resolved = config.read_record(folder)
-    found = checkpoint.list_checkpoints(folder / "checkpoints")
+    found = read(source)
+    chosen = _implementations(Path(source), device, backend)
+    ops.check_sizes(chosen, found.config.n_embd, found.config.n_embd // found.config.n_head)
+    with torch.device("meta"):  # no initial weights are drawn, and memory is taken on the device only
+        model = GPT(found.config, ops.build(chosen, device.type))
+    model.to_empty(device=device)
+    model.load_state_dict(found.tensors)
+    return model, found.where
+
+
+def read(source: str | Path) -> Weights:
+    """The weights of a run (its newest checkpoint), of one checkpoint, or of whatever else `weights.read` knows.
+
+    UserError if they are not sound: a checkpoint must match its checksums.
+    """
+    path = _checkpoint(Path(source))
+    if path is None:
+        return weights.read(source)
+    model = GPTConfig(**checkpoint.read_state(path)["config"]["model"])
+    return weights.assemble(model, containers.read_safetensors(path / "model.safetensors"), str(path))
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `path` means; None if it is no run of ours. UserError if the run has none yet."""
+    folder = path.parent if path.name == "model.safetensors" else path
+    if (folder / "manifest.json").is_file() and (folder / "model.safetensors").is_file():
+        return folder
+    if not any((path / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        return None
+    found = checkpoint.list_checkpoints(path / "checkpoints")
     if not found:
-        raise UserError(f"{folder} holds no checkpoint yet: let the run reach its first one")
-    _, path = found[-1]
-    checkpoint.read_state(path)
-    chosen = settings.implementations
+        raise UserError(f"{path} holds no checkpoint yet: let the run reach its first one")
+    return found[-1][1]
+
+
+def _implementations(path: Path, device: torch.device, backend: Backend) -> ops.OpsConfig:
     if backend != "auto":
-        chosen = ops.OpsConfig().with_backend(backend)
-    elif settings.backend == "auto":  # what was fastest in training, where this device has it
-        chosen = auto.recall(chosen, resolved["ops"], device.type) or chosen
-    model = GPT(settings.model, ops.build(chosen, device.type))
-    checkpoint.load_model(path, model)
-    return model.to(device), str(path)
+        return ops.OpsConfig().with_backend(backend)
+    found = _checkpoint(path)
+    if found is None or found.parent.name != "checkpoints" or not (found.parent.parent / "config.json").is_file():
+        return ops.OpsConfig()
+    settings, resolved = config.read_record(found.parent.parent)
+    chosen = settings.implementations
+    if settings.backend == "auto":  # what was fastest in training, where this device has it
+        return auto.recall(chosen, resolved["ops"], device.type) or chosen
+    return chosen

@@ -3,6 +3,7 @@
     x = wte[idx] + wpe[position]                                                   embedding
     s = x + y;  z = (s - mean(s)) / sqrt(var(s) + eps);  o = z * w + b             layer_norm, add_layer_norm
     o = softmax(q k^T / sqrt(D) + causal mask) v                                   attention
+    k_cache[p], v_cache[p] = k, v;  o = softmax(q k_cache[:p + 1]^T / sqrt(D)) v_cache[:p + 1]    cached_attention
     o = gelu_tanh(x fc_w^T + fc_b) proj_w^T + proj_b                               mlp
     loss = mean_i(logsumexp_v(x_i . w_v) - x_i . w_target(i))                      linear_cross_entropy
 
@@ -40,6 +41,17 @@ def attention(qkv: Tensor, n_head: int) -> Tensor:
     q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return o.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def cached_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, n_head: int) -> Tensor:
+    """One new token a row: qkv (B, 3C), position (B,) int64 -> (B, C). Its key and value are written to the caches
+    (B, H, S, D), which are of the compute dtype; what lies behind them there counts nothing, if it is finite."""
+    B, C3 = qkv.shape
+    q, k, v = qkv.view(B, 3, n_head, 1, C3 // (3 * n_head)).to(k_cache.dtype).unbind(1)  # each (B, H, 1, D)
+    rows, places = torch.arange(B, device=qkv.device), torch.arange(k_cache.shape[2], device=qkv.device)
+    k_cache[rows, :, position], v_cache[rows, :, position] = k[:, :, 0], v[:, :, 0]
+    seen = (places <= position[:, None])[:, None, None]  # (B, 1, 1, S)
+    return F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=seen).view(B, C3 // 3)
 
 
 def mlp(x: Tensor, fc_w: Tensor, fc_b: Tensor, proj_w: Tensor, proj_b: Tensor) -> Tensor:

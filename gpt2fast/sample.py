@@ -1,84 +1,164 @@
-"""Text from a trained model: `python -m gpt2fast.sample out/nano --prompt "def"`."""
+"""Text from a model: `python -m gpt2fast.sample out/nano --prompt "def"`, or with anybody's GPT-2 in place of a run."""
 
-from collections.abc import Sequence
+import codecs
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
-import torch
+import tiktoken
 from torch import Tensor
 
-from gpt2fast import pretrained, tokenizer
+from gpt2fast import ops, pretrained, tokenizer
 from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.device import autocast, pick_device, pick_precision, use_allowed_cores
+from gpt2fast.decode import EVERY, Decoder, Sampling, generate
+from gpt2fast.device import Precision, pick_device, pick_precision, use_allowed_cores
 from gpt2fast.errors import UserError, run_main
-from gpt2fast.model import GPT
+from gpt2fast.model import GPT, VOCAB_SIZE
+from gpt2fast.ops import Backend, OpsConfig
 
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    idx: Tensor,
-    n: int,
-    *,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Append `n` tokens to each row of idx (B, T) -> (B, T + n). Temperature 0 takes the likeliest token.
-
-    `generator` must be on the CPU: logits come there, so that one seed gives one text whatever the device. Each token
-    is predicted from the last `block_size` ones.
-    """
-    for _ in range(n):
-        h = model.hidden(idx[:, -model.config.block_size :])  # (B, T, C)
-        logits = model.logits(h[:, -1]).float().cpu()  # (B, V)
-        if temperature == 0:
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            values, tokens = (logits / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-            token = tokens.gather(1, torch.multinomial(values.softmax(-1), 1, generator=generator))
-        idx = torch.cat([idx, token.to(idx.device)], dim=1)
-    return idx
+SEPARATOR = re.compile(r"\n?<\|endoftext\|>\n?")
+BATCH = 8  # texts at once
 
 
 def sample_text(
-    model: GPT, prompt: str, n: int, *, precision: str, seed: int, vocab_file: Path | None = None, **options
+    model: GPT,
+    prompt: str,
+    n: int,
+    *,
+    precision: Precision,
+    seed: int,
+    vocab_file: Path | None = None,
+    sampling: Sampling | None = None,
 ) -> str:
-    """The prompt and `n` tokens after it. It begins behind <|endoftext|>, as every document in training did."""
+    """The prompt and up to `n` tokens after it. It begins behind <|endoftext|>, as every document in training did, and
+    ends with the next one."""
     encoding = tokenizer.load(vocab_file)
-    device = model.wte.weight.device
-    idx = torch.tensor([[tokenizer.EOT, *encoding.encode_ordinary(prompt)]], device=device)
-    generator = torch.Generator().manual_seed(seed)
-    with autocast(device, precision):
-        tokens = generate(model, idx, n, generator=generator, **options)[0, 1:].tolist()
-    return encoding.decode(tokens)
+    tokens = generate(
+        model, [encode(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT
+    )  # fmt: skip
+    return prompt + encoding.decode(until_end(tokens[0].tolist()))
+
+
+def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+    return [tokenizer.EOT, *encoding.encode_ordinary(prompt)]
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    """Without the first <|endoftext|> and what follows it."""
+    return tokens[: tokens.index(tokenizer.EOT)] if tokenizer.EOT in tokens else tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Write text with a run's newest checkpoint."""
+class SampleConfig(Sampling):
+    """Write text with a trained model."""
 
-    run: Path
-    """The run's folder, for instance out/nano."""
-    prompt: str = "\n"
-    """What the text begins with."""
+    source: str
+    """A run's folder, for instance out/nano, whose newest checkpoint is taken; or weights from elsewhere."""
+    prompt: str | None = None
+    """What the text begins with; the default is a new line."""
+    prompt_file: str | None = None
+    """A file with it, or - for what comes in; <|endoftext|> separates several prompts."""
     tokens: int = 200
-    """Tokens to write."""
+    """Tokens to write, at most."""
     samples: int = 1
-    """Texts to write."""
-    temperature: float = 0.8
-    """Below 1 likely tokens become likelier; 0 always takes the likeliest."""
-    top_k: int = 50
-    """Choose among this many tokens; 0: all."""
+    """Texts to write for each prompt."""
+    greedy: bool = False
+    """Take the likeliest token each time, as with temperature 0."""
     seed: int = 1337
     """Of the first text; the next ones count up."""
+    stop: bool = True
+    """End a text with <|endoftext|>."""
+    stream: bool = False
+    """Show each token when it is there, one text after the other."""
+    batch_size: int | None = None
+    """Texts written at once: 8, and 1 with --stream. Changes the speed only, but for rounding."""
+    backend: Backend = "auto"
+    """auto: what the run was trained with, else torch."""
     device: str = "auto"
     """auto: CUDA, else MPS, else CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """As in training."""
     tokenizer_file: Path | None = None
     """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
+
+    def __post_init__(self):
+        least = {"tokens": 1, "samples": 1, "temperature": 0, "top_k": 0, "seed": 0, "batch_size": 1}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and not given >= value:
+                raise UserError(f"--{name.replace('_', '-')} is {given}: it must be at least {value}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p is {self.top_p}: it must be above 0 and at most 1, which is all tokens")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UserError("--prompt and --prompt-file are both given: leave one out")
+        if self.stream and self.batch_size not in (None, 1):
+            raise UserError(f"--stream shows one text at a time, and --batch-size is {self.batch_size}: leave one out")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=0 if self.greedy else self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def read_prompts(options: SampleConfig) -> list[str]:
+    """At least one. Of a file: without the new lines around a separator, and without the last one."""
+    if options.prompt_file is None:
+        return ["\n" if options.prompt is None else options.prompt]
+    name = "what came in" if options.prompt_file == "-" else f"--prompt-file {options.prompt_file}"
+    try:
+        data = sys.stdin.buffer.read() if options.prompt_file == "-" else Path(options.prompt_file).read_bytes()
+        text = data.decode()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror}): name a file of text") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}): convert it") from None
+    prompts = [prompt for prompt in SEPARATOR.split(text.removesuffix("\n")) if prompt]
+    if not prompts:
+        raise UserError(f"{name} holds no text: write a prompt into it, or use --prompt")
+    return prompts
+
+
+def encode_all(encoding: tiktoken.Encoding, prompts: Sequence[str], model: GPT) -> list[list[int]]:
+    """UserError if they are no tokens of this model, or too many."""
+    vocab_size, limit = model.config.vocab_size, model.config.block_size
+    if vocab_size != VOCAB_SIZE:
+        raise UserError(
+            f"the model has a vocabulary of {vocab_size}, and GPT-2's tokenizer has {VOCAB_SIZE}: "
+            "another tokenizer made its tokens, with which this program cannot write"
+        )
+    rows = [encode(encoding, prompt) for prompt in prompts]
+    for i, row in enumerate(rows, start=1):
+        if len(row) > limit:
+            raise UserError(
+                f"prompt {i} has {len(row)} tokens with <|endoftext|> before it, and the model sees {limit}: shorten it"
+            )
+    return rows
+
+
+class Writer:
+    """Bytes of tokens as text, as soon as they are whole characters."""
+
+    def __init__(self, encoding: tiktoken.Encoding, out: TextIO):
+        self._encoding, self._out = encoding, out
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def write(self, tokens: Sequence[int], final: bool = False) -> None:
+        data = b"".join(map(self._encoding.decode_single_token_bytes, tokens))
+        self._out.write(self._decoder.decode(data, final))
+        self._out.flush()
+
+
+def pieces(decoder: Decoder, seconds: dict[str, float], every: int) -> Iterator[Tensor]:
+    """What the decoder writes; `seconds` of the first token, with which the prompt is read, and of all others."""
+    start = time.perf_counter()
+    for i, piece in enumerate(decoder.stream(every)):
+        now = time.perf_counter()
+        seconds["decode" if i else "prefill"] += now - start
+        yield piece
+        start = time.perf_counter()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -87,21 +167,55 @@ def main(argv: Sequence[str]) -> None:
     options = tyro.cli(
         SampleConfig, args=argv, prog="python -m gpt2fast.sample", config=(tyro.conf.PositionalRequiredArgs,)
     )
-    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not getattr(options, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least {least}")
+    prompts, encoding = read_prompts(options), tokenizer.load(options.tokenizer_file)
     keep_freed_memory()
     use_allowed_cores()
     device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
-    model, path = pretrained.load(options.run, device)
-    print(f"{path} on {device}, {precision}")
-    for i in range(options.samples):
-        text = sample_text(
-            model, options.prompt, options.tokens, precision=precision, seed=options.seed + i,
-            vocab_file=options.tokenizer_file, temperature=options.temperature, top_k=options.top_k,
+    backend = OpsConfig() if options.backend == "auto" else OpsConfig().with_backend(options.backend)
+    precision = pick_precision(options.precision, device, ops.interpreted(backend))
+    model, path = pretrained.load(options.source, device, options.backend)
+    rows = [row for row in encode_all(encoding, prompts, model) for _ in range(options.samples)]
+    prompts = [prompt for prompt in prompts for _ in range(options.samples)]
+    about = sys.stderr if options.stream else sys.stdout
+    print(f"{path} on {device}, {precision}", file=about, flush=True)
+
+    seconds, written = {"prefill": 0.0, "decode": 0.0}, 0
+    batch_size = options.batch_size or (1 if options.stream else BATCH)
+    for first in range(0, len(rows), batch_size):
+        batch = range(first, min(first + batch_size, len(rows)))
+        decoder = Decoder(
+            model, rows[batch.start : batch.stop], options.tokens, options.sampling, precision=precision,
+            seeds=[options.seed + i for i in batch], stop=tokenizer.EOT if options.stop else None,
         )  # fmt: skip
-        print(f"--- {i + 1}/{options.samples} ---\n{text}")
+        texts: list[list[int]] = [[] for _ in batch]
+        if options.stream:
+            begin(first, prompts)
+            writer = Writer(encoding, sys.stdout)
+        for piece in pieces(decoder, seconds, 1 if options.stream else EVERY):
+            for text, new in zip(texts, piece.tolist()):
+                text += new
+                if options.stream:
+                    writer.write(until_end(new) if options.stop else new)
+        if options.stream:
+            writer.write([], final=True)
+            print()
+        for i, text in zip(batch, texts):
+            text = until_end(text) if options.stop else text
+            written += len(text)
+            if not options.stream:
+                begin(i, prompts)
+                print(encoding.decode(text))
+    read = sum(map(len, rows))
+    print(
+        f"read {read:,} tokens at {read / seconds['prefill']:,.0f} tokens/s, wrote {written:,} at "
+        f"{max(0, written - len(rows)) / max(seconds['decode'], 1e-9):,.0f} tokens/s",
+        file=about,
+    )
+
+
+def begin(i: int, prompts: Sequence[str]) -> None:
+    """Text i, up to where the model goes on."""
+    print(f"--- {i + 1}/{len(prompts)} ---\n{prompts[i]}", end="", flush=True)
 
 
 if __name__ == "__main__":

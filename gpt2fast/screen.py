@@ -27,8 +27,10 @@ def header(s: Session, source: str) -> str:
     precision += ["compiled" if s.compile else "not compiled"]
     precision += ["blocks recomputed in backward"] if c.recompute else []
     expected = math.log(m.vocab_size)
+    untrained = not s.step and c.init_from is None
     text = _table({
         "run": f"{c.folder}, {source}" + (f", from step {s.step}" if s.step else ""),
+        **({"weights": f"begun with {c.init_from}"} if c.init_from else {}),
         "device": f"{device_name(s.device)} ({s.device})",
         "precision": ", ".join(precision),
         "ops": _ops(vars(s.ops), s.times),
@@ -38,12 +40,12 @@ def header(s: Session, source: str) -> str:
         "entropy": f"{s.entropy:.3f} nats: the loss that knowing only token frequencies reaches",
         "step": f"{c.total_batch:,} tokens = {c.accumulation} x B {c.batch_size} x T {c.seq_len}",
         "steps": f"{c.steps:,} = {c.steps * c.total_batch:,} tokens, {c.steps * c.total_batch / epoch:.2f} epochs",
-        "first loss": f"{s.first_loss:.3f}" + ("" if s.step else f" (ln {m.vocab_size} = {expected:.2f})"),
+        "first loss": f"{s.first_loss:.3f}" + (f" (ln {m.vocab_size} = {expected:.2f})" if untrained else ""),
         "expected": f"{clock(s.expected_seconds)} for {c.steps - s.step:,} steps",
     })  # fmt: skip
     if c.val_every and not s.val:
         text += "\nnote: the data has no validation split that fills one sequence, so nothing is validated"
-    if not s.step and abs(s.first_loss - expected) > FIRST_LOSS_TOLERANCE:
+    if untrained and abs(s.first_loss - expected) > FIRST_LOSS_TOLERANCE:
         text += (
             f"\nwarning: an untrained model should lose about {expected:.2f}, and this one loses {s.first_loss:.2f}: "
             "are weights, inputs and targets what they should be?"

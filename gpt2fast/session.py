@@ -10,16 +10,18 @@ from pathlib import Path
 
 import torch
 
-from gpt2fast import auto, checkpoint, config, corpus, data, flops, ops, optim, run, tokenizer
+from gpt2fast import auto, checkpoint, config, corpus, data, flops, hellaswag, ops, optim, pretrained, run, tokenizer
 from gpt2fast.config import TrainConfig
 from gpt2fast.data import Dataset, Loader
 from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_tf32
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.graph import GraphedStep
+from gpt2fast.hellaswag import Example
 from gpt2fast.measure import Workload
-from gpt2fast.model import GPT, parameter_count
+from gpt2fast.model import GPT, SIZES, parameter_count
 from gpt2fast.ops import OpsConfig
 from gpt2fast.step import TrainingStep
+from gpt2fast.weights import Weights
 
 COMPILE_FLOPS = 2e14  # five minutes on two good cores: a twentieth of it is what compiling costs, and gains
 
@@ -40,6 +42,7 @@ class Session:
     dataset: Dataset
     train: Loader
     val: Loader | None
+    hellaswag: list[Example]
     entropy: float
     model: GPT
     take_step: TrainingStep
@@ -96,6 +99,9 @@ def prepare(c: TrainConfig) -> Session:
         run.check_free(c.folder)
     if c.sample_every:
         tokenizer.load(c.tokenizer_file)
+    weights = initial_weights(c)
+    examples = hellaswag.read(c.hellaswag, c.tokenizer_file) if c.hellaswag and c.hellaswag_every else []
+    hellaswag.fit(examples, c.model)
     dataset = open_data(c)
     train = Loader(dataset.train, c.batch_size, c.seq_len, c.model.vocab_size, c.shuffle, c.seed)
 
@@ -104,7 +110,11 @@ def prepare(c: TrainConfig) -> Session:
     low = stream_is_low(c, device, precision)
     choice = choose_ops(c, device, precision, compiled, low)
     built = ops.build(choice.ops, device.type)
-    model = GPT(c.model, built, c.seed, low_stream=low, recompute=c.recompute).to(device)
+    model = GPT(c.model, built, c.seed, low_stream=low, recompute=c.recompute)
+    if weights:
+        model.load_state_dict(weights.tensors)
+        del weights
+    model.to(device)
     kernels = ops.kernels(device.type) if adamw_is_ours(c, choice.ops, device, precision) else None
     s = Session(
         config=c,
@@ -116,6 +126,7 @@ def prepare(c: TrainConfig) -> Session:
         dataset=dataset,
         train=train,
         val=val_loader(c, dataset),
+        hellaswag=examples,
         entropy=data.unigram_entropy(data.count_tokens(dataset.train, c.model.vocab_size)),
         model=model,
         take_step=(GraphedStep if c.cuda_graph else TrainingStep)(
@@ -132,6 +143,24 @@ def prepare(c: TrainConfig) -> Session:
         load_checkpoint(s)
     rehearse(s)
     return s
+
+
+def initial_weights(c: TrainConfig) -> Weights | None:
+    """What --init-from names, if anything; UserError if the model is of another shape. A checkpoint has its own."""
+    if c.init_from is None or c.resume:
+        return None
+    weights = pretrained.read(c.init_from)
+    if weights.config != c.model:
+        given, needed = asdict(c.model), asdict(weights.config)
+        differ = [name for name in needed if needed[name] != given[name]]
+        preset = next((name for name, size in SIZES.items() if size == weights.config), None)
+        flags = " ".join(f"--model.{name.replace('_', '-')} {needed[name]}" for name in differ)
+        raise UserError(
+            f"{weights.where} does not fit the model: "
+            + ", ".join(f"{name} is {needed[name]}, not {given[name]}" for name in differ)
+            + (f": train the preset {preset}" if preset else f": add {flags}")
+        )
+    return weights
 
 
 def compiling_pays(c: TrainConfig, device: torch.device) -> bool:

@@ -2,30 +2,37 @@
 
 A piece is a whole document, or a stretch of one that ends where the tokenizer splits anyway: between a lone newline
 and the character after it. So the tokens are those of the whole text, and memory stays small for a file of any size.
+Text and .jsonl may be compressed by gzip (.txt.gz).
 """
 
+import contextlib
+import gzip
+import io
 import json
-import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from gpt2fast.errors import UserError
+from gpt2fast.errors import RunError, UserError
 
 PIECE = 2**16  # characters
 LONGEST_PIECE = 2**22  # a text without a single splittable newline is cut anyhow
 ROWS_AT_ONCE = 1024
-# GPT-2 splits "x\ny" into "x", "\n", "y"; a run of white space would be split differently at a piece's end.
-_LONE_NEWLINE = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Piece(NamedTuple):
-    """`first`: a document begins here. `val`: it belongs to the validation split. `size`: bytes of its file used up."""
+    """`first`: a document begins here. `val`: it belongs to the validation split. `read`: bytes of all files so far."""
 
     text: str
     first: bool
-    val: bool
-    size: int
+    val: bool = False
+    read: int = 0
+
+
+def kind(file: Path) -> str:
+    """The suffix that tells how to read it: ".txt" of a.txt, of a.TXT and of a.txt.gz."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def find(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
@@ -36,7 +43,7 @@ def find(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
             raise UserError(f"{path} does not exist")
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            found = sorted(file for file in path.rglob("*") if kind(file) in suffixes and file.is_file())
             if not found:
                 raise UserError(f"{path} holds no file ending in {', '.join(suffixes)}: name others with --suffixes")
         files += found
@@ -49,31 +56,47 @@ def read(files: Sequence[Path], field: str, val_every: int) -> Iterator[Piece]:
     A row of .jsonl and .parquet is a document, and so is a text file. Where there are fewer text files than
     `val_every`, it is the end of each that validates: the last 1/val_every.
     """
-    texts = [file for file in files if file.suffix.lower() not in (".jsonl", ".parquet")]
-    few = len(texts) < val_every
-    documents = 0
+    few = sum(kind(file) not in (".jsonl", ".parquet") for file in files) < val_every
+    documents = before = 0
     for file in files:
+        rows = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind(file))
         try:
-            size = file.stat().st_size
-            if file in texts and few:
-                yield from _text(file, size, tail=1 / val_every)
-                continue
-            rows = {".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix.lower())
-            for piece in rows(file, size, field) if rows else _text(file, size):
-                documents += piece.first
-                yield piece._replace(val=val_every > 0 and documents % val_every == 0)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+            if few and not rows:
+                pieces = _text(file, 1 / val_every)
+            else:
+                pieces = rows(file, field) if rows else _text(file)
+            for piece in pieces:
+                if rows or not few:
+                    documents += piece.first
+                    piece = piece._replace(val=val_every > 0 and documents % val_every == 0)
+                yield piece._replace(read=before + piece.read)
+            before += file.stat().st_size
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason})"
             ) from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{file} is no sound .gz file ({error}): copy or download it again") from None
+        except OSError as error:
+            raise RunError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _text(file: Path, size: int, tail: float = 0.0) -> Iterator[Piece]:
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """What is in it, uncompressed, and a function that tells how many bytes of the file have been read."""
+    with file.open("rb") as raw:
+        if file.suffix.lower() == ".gz":
+            with gzip.open(raw) as stream:
+                yield stream, raw.tell
+        else:
+            yield raw, raw.tell
+
+
+def _text(file: Path, tail: float = 0.0) -> Iterator[Piece]:
+    size = _size(file) if tail else 0
     length = PIECE if not tail else max(1024, min(PIECE, int(size * tail / 2)))
     first, used, rest = True, 0, ""
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with _open(file) as (binary, tell), io.TextIOWrapper(binary, "utf-8-sig", newline="") as stream:
         while True:
             chunk = stream.read(length)
             rest += chunk
@@ -81,24 +104,36 @@ def _text(file: Path, size: int, tail: float = 0.0) -> Iterator[Piece]:
             if cut:
                 text, rest = rest[:cut], rest[cut:]
                 val = tail > 0 and used >= (1 - tail) * size
-                bytes_used = len(text.encode())
-                used += bytes_used
-                yield Piece(text, first, val, bytes_used)
+                used += len(text.encode()) if tail else 0
+                yield Piece(text, first, val, tell())
                 first = False
             if not chunk:
                 return
 
 
+def _size(file: Path) -> int:
+    """Bytes of its text."""
+    with _open(file) as (stream, _):
+        if isinstance(stream, gzip.GzipFile):
+            return sum(map(len, iter(lambda: stream.read(2**20), b"")))
+    return file.stat().st_size
+
+
 def _cut(text: str) -> int:
-    """Where to end a piece: behind the last lone newline; 0 if more text must be read first."""
-    cut = 0
-    for newline in _LONE_NEWLINE.finditer(text, max(0, len(text) - PIECE)):
-        cut = newline.end()
-    return cut if cut or len(text) < LONGEST_PIECE else len(text)
+    """Where to end a piece: behind the last lone newline; 0 if more text must be read first.
+
+    GPT-2 splits "x\\ny" into "x", "\\n", "y"; a run of white space would be split differently at a piece's end.
+    """
+    newline = text.rfind("\n", 0, len(text) - 1)
+    while newline > max(0, len(text) - PIECE):
+        if not text[newline - 1].isspace() and not text[newline + 1].isspace():
+            return newline + 1
+        newline = text.rfind("\n", 0, newline)
+    return 0 if len(text) < LONGEST_PIECE else len(text)
 
 
-def _jsonl(file: Path, size: int, field: str) -> Iterator[Piece]:
-    with file.open("rb") as stream:
+def _jsonl(file: Path, field: str) -> Iterator[Piece]:
+    with _open(file) as (stream, tell):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -111,10 +146,10 @@ def _jsonl(file: Path, size: int, field: str) -> Iterator[Piece]:
                     else "is no JSON object"
                 )
                 raise UserError(f"{file}, line {number} {what}") from None
-            yield Piece(_checked(text, f"{file}, line {number}", field), True, False, len(line))
+            yield Piece(checked(text, f"{file}, line {number}", field), True, read=tell())
 
 
-def _parquet(file: Path, size: int, field: str) -> Iterator[Piece]:
+def _parquet(file: Path, field: str) -> Iterator[Piece]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -125,15 +160,17 @@ def _parquet(file: Path, size: int, field: str) -> Iterator[Piece]:
             if field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
                 raise UserError(f"{file} has no column {field!r}: name one of {columns} with --field")
-            share = size // max(1, table.metadata.num_rows)
+            size, rows, row = file.stat().st_size, table.metadata.num_rows, 0
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=[field]):
                 for text in batch.column(0).to_pylist():
-                    yield Piece(_checked(text, str(file), field), True, False, share)
+                    row += 1
+                    yield Piece(checked(text, f"{file}, row {row}", field), True, read=size * row // rows)
     except pyarrow.ArrowException as error:
         raise UserError(f"{file} is no sound parquet file: {error}") from None
 
 
-def _checked(text: object, where: str, field: str) -> str:
+def checked(text: object, where: str, field: str) -> str:
+    """`text`, if it is some; else UserError."""
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text: name another with --field")
     return text

@@ -28,7 +28,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 @lru_cache(maxsize=4)
 def load(vocab_file: Path | None = None) -> tiktoken.Encoding:
     """The encoding "gpt2": 50,256 byte pairs and <|endoftext|>. UserError if no source of vocab.bpe is at hand."""
-    ranks = _ranks(_vocab_bpe(vocab_file).decode())
+    ranks = _ranks(vocab_bpe(vocab_file).decode())
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=PATTERN,
@@ -53,7 +53,8 @@ def _ranks(vocab_bpe: str) -> dict[bytes, int]:
     return ranks
 
 
-def _vocab_bpe(vocab_file: Path | None) -> bytes:
+def vocab_bpe(vocab_file: Path | None = None) -> bytes:
+    """OpenAI's file of merges, whose checksum is right. UserError if it is neither here nor can be downloaded."""
     if vocab_file is not None:
         try:
             data = Path(vocab_file).read_bytes()

@@ -14,11 +14,12 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
-from gpt2fast import checkpoint, config, machine, optim, plot, run
+from gpt2fast import checkpoint, config, hellaswag, machine, optim, plot, run
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.config import TrainConfig
 from gpt2fast.device import autocast, use_allowed_cores
 from gpt2fast.errors import RunError, run_main
+from gpt2fast.evaluate import split_loss
 from gpt2fast.files import write_atomic
 from gpt2fast.run import Interrupt
 from gpt2fast.sample import sample_text
@@ -98,7 +99,12 @@ class Log:
 
 @torch.no_grad()
 def validate(s: Session, interrupt: Interrupt) -> float | None:
-    """Mean loss over `val_batches` micro-batches of the validation split; None when interrupted."""
+    """Mean loss over `val_batches` micro-batches of the validation split, or all of it; None when interrupted."""
+    if not s.config.val_batches:
+        found = split_loss(
+            s.model, s.dataset.val, s.val.B, s.val.T, s.precision, give_up=lambda: bool(interrupt.signal)
+        )
+        return found and found.loss
     batches = s.val.batches(0, s.device)
     losses = []
     for _ in range(min(s.config.val_batches, s.val.batches_per_epoch)):
@@ -107,6 +113,12 @@ def validate(s: Session, interrupt: Interrupt) -> float | None:
         with autocast(s.device, s.precision):
             losses.append(s.model(*next(batches)))  # not the compiled one: it would be compiled again
     return torch.stack(losses).mean().item()
+
+
+def judge(s: Session, interrupt: Interrupt) -> hellaswag.Score | None:
+    """HellaSwag's accuracies; None when interrupted."""
+    tokens = s.config.batch_size * s.config.seq_len
+    return hellaswag.score(s.model, s.hellaswag, s.precision, tokens=tokens, give_up=lambda: bool(interrupt.signal))
 
 
 def sample(s: Session) -> str:
@@ -141,7 +153,7 @@ def events(s: Session, log: Log, interrupt: Interrupt) -> None:
     def due(every: int) -> bool:
         return every > 0 and (s.step % every == 0 or s.step == c.steps)
 
-    if not any(map(due, (c.val_every, c.sample_every, c.checkpoint_every))):
+    if not any(map(due, (c.val_every, c.hellaswag_every, c.sample_every, c.checkpoint_every))):
         return
     log.flush()  # a loss that is not finite ends the run here, before it is saved
     if due(c.val_every) and s.val and (loss := validate(s, interrupt)) is not None:
@@ -149,6 +161,9 @@ def events(s: Session, log: Log, interrupt: Interrupt) -> None:
         log.metrics.write({"step": s.step, "val_loss": loss})
         log.screen.say(f"step {s.step}: validation loss {loss:.4f}")
         draw(s)
+    if due(c.hellaswag_every) and s.hellaswag and (found := judge(s, interrupt)):
+        log.metrics.write({"step": s.step, "hellaswag": found.acc_norm, "hellaswag_acc": found.acc})
+        log.screen.say(f"step {s.step}: HellaSwag acc_norm {found.acc_norm:.4f}, acc {found.acc:.4f}")
     if due(c.sample_every) and not interrupt.signal:
         text = sample(s)
         log.metrics.write({"step": s.step, "sample": text})

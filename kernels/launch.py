@@ -42,6 +42,14 @@ class MatmulTiles(NamedTuple):
     num_stages: int
 
 
+class Keys(NamedTuple):
+    """Of attention to a cache: keys at a time, warps, turns in flight."""
+
+    BLOCK_N: int
+    num_warps: int
+    NUM_STAGES: int
+
+
 class Chunk(NamedTuple):
     """Of AdamW: elements that a program takes, how many at a time, warps."""
 
@@ -189,6 +197,13 @@ def attention_dq(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> Til
     if D <= 64:
         return Tiles(128, 64, 8, 2)
     return Tiles(64, 32, 8, 1) if D <= 128 else Tiles(32, 32, 8, 1)
+
+
+def cached_attention(BLOCK_D: int, dtype: torch.dtype) -> Keys:
+    """32 kB of keys and values a turn, of which two are under way while one is worked on."""
+    if INTERPRETED:
+        return Keys(128, 8, 3)
+    return Keys(2**14 // dtype.itemsize // BLOCK_D, 8, 3)
 
 
 # While one program finishes a tile (loads, stores, exponentials), the other one keeps the tensor cores busy.

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 OFFSETS = "test_offsets.py"
 ROUNDED = "test_rounded.py"
 EPILOGUE = "test_epilogue.py"
-OF_GPT2FAST = "cpu", "graph", "optim", "rounded"  # files of gpt2fast/; all others are of kernels/
+OF_GPT2FAST = "cache", "cpu", "decode", "graph", "optim", "rounded"  # files of gpt2fast/; all others are of kernels/
 MUTANTS = [
     Mutant("gelu", "x * x * CUBIC", "x * x * THREE_CUBIC", "another cubic term"),
     Mutant("gelu", "tl.sigmoid(-_z(x))", "(1 - s * s)", "derivative of tanh instead of sigmoid"),
@@ -209,6 +209,13 @@ MUTANTS = [
     Mutant("rounded", "    leaf.grad = None", "    pass", "gradients add up in bf16 as well"),
     Mutant("rounded", "torch._foreach_copy_(leaves, weights)", "pass", "copies stay what they were"),
     Mutant("rounded", "dict(module._parameters)", "module._parameters", "the model itself is rounded"),
+    Mutant("attention_decode", "acc * alpha[:, None] + w", "acc + w", "a lane's sum is not rescaled"),
+    Mutant("attention_decode", "mask_n = offs_n < position", "mask_n = offs_n <= position", "the new token twice"),
+    Mutant("attention_decode", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "int32 offsets", OFFSETS),
+    Mutant("cache", ":T] = k, v", ":T] = v, k", "values are taken for keys"),
+    Mutant("decode", "p.cumsum(-1) - p >=", "p.cumsum(-1) >=", "a nucleus without its last token"),
+    Mutant("decode", "self.length += grown", "self.length += 1", "a row that has ended grows"),
+    Mutant("decode", "if longest > block_size:", "if longest >= block_size:", "the last position is not used"),
 ]  # fmt: skip
 OWN = {"attention_tiles": "test_attention.py", "launch": "test_attention.py"}
 

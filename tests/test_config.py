@@ -159,10 +159,11 @@ def test_flops_agree_with_torchs_counter():
 
     from gpt2fast import reference
     from gpt2fast.model import GPT, GPTConfig
-    from gpt2fast.ops import NAMES, Ops
+    from gpt2fast.ops import Ops
 
     c = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=1024)
-    ops = Ops(**{name: getattr(reference, name) for name in NAMES})  # the counter cannot look into cpu's operators
+    # the counter cannot look into cpu's operators
+    ops = Ops(**{name: getattr(reference, name) for name in Ops.__dataclass_fields__})
     model, idx = GPT(c, ops), torch.zeros(1, 128, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # older ones count no CPU's flash
         model(idx, idx).backward()

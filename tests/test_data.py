@@ -34,10 +34,43 @@ def test_reads_every_format_memory_mapped(tmp_path, format):
     assert np.array_equal(shard, TOKENS)
 
 
-def test_llmc_header_is_what_llmc_reads(tmp_path):
-    raw = write(tmp_path / "train.bin", "llm.c").read_bytes()
-    assert np.frombuffer(raw[:12], "<i4").tolist() == [20240520, 1, 1000]
-    assert len(raw) == 1024 + 2 * 1000
+def test_a_shard_of_ours_is_one_of_llmc(tmp_path):
+    assert write(tmp_path / "train.bin", "llm.c").read_bytes() == header(1000) + TOKENS.tobytes()
+
+
+def header(n):
+    """llm.c's: 256 int32 that begin with magic, version and number of tokens."""
+    return np.concatenate([[20240520, 1, n], np.zeros(253)]).astype(np.int32).tobytes()
+
+
+WRITERS = {
+    # who writes such a folder: its files, and how he writes an array of uint16
+    "nanoGPT": (("train.bin", "val.bin"), lambda path, tokens: tokens.tofile(path)),
+    "llm.c": (
+        ("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin"),
+        lambda path, tokens: path.write_bytes(header(len(tokens)) + tokens.tobytes()),
+    ),
+    "modded-nanogpt": (
+        ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"),
+        lambda path, tokens: path.write_bytes(header(len(tokens)) + tokens.tobytes()),
+    ),
+    "build-nanogpt": (
+        ("edufineweb_train_000001.npy", "edufineweb_train_000002.npy", "edufineweb_val_000000.npy"),
+        lambda path, tokens: np.save(path, tokens),
+    ),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_folders_that_others_wrote_read_back_identical(tmp_path, writer):
+    names, save = WRITERS[writer]
+    tokens = {name: np.roll(TOKENS, i)[: 900 + i] for i, name in enumerate(names)}
+    for name in names:
+        save(tmp_path / name, tokens[name])
+    dataset = data.open_folder(tmp_path, V)
+    for split, shards in (("train", dataset.train), ("val", dataset.val)):
+        expected = [tokens[name] for name in names if split in name]
+        assert [shard.tolist() for shard in shards] == [array.tolist() for array in expected]
 
 
 def corrupt(kind, path):

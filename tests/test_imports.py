@@ -13,36 +13,57 @@ ARROWS = {
     # module of gpt2fast: modules of gpt2fast that it imports
     "allocator": "",
     "auto": "device errors files measure ops",
+    "cache": "model",
     "checkpoint": "errors files model",
     "config": "corpus errors model ops",
+    "containers": "errors",
+    "corpora": "download errors sources",
     "corpus": "errors tokenizer",
     "cpu": "reference",
     "data": "errors",
+    "decode": "cache device graph model reference rounded",
     "device": "errors",
+    "encoding": "sources tokenizer",
     "errors": "",
+    "download": "errors",
+    "evaluate": "allocator config data device errors files flags hellaswag machine model ops pretrained reference "
+    "session",
+    "export": "errors files huggingface layout llmc model pretrained run tokenizer weights",
     "files": "",
+    "flags": "",
     "flops": "model",
     "graph": "model optim step",
+    "hellaswag": "data device download errors model reference tokenizer",
+    "huggingface": "containers errors model",
+    "inspect": "checkpoint config errors evaluate pictures plot pretrained session weights",
     "kernels": "kernels",  # its own files
+    "layout": "model",
+    "llmc": "errors layout model",
     "machine": "device",
     "measure": "device errors model ops step",
     "model": "errors ops reference",
+    "nanogpt": "containers errors layout model",
+    "openai": "errors model",
     "ops": "cpu errors kernels reference",
     "optim": "",
+    "pictures": "model",
     "plot": "files",
-    "prepare": "data errors files model run sources tokenizer",
-    "pretrained": "auto checkpoint config errors model ops",
+    "prepare": "corpora encoding errors files flags model shards tokenizer",
+    "pretrained": "auto checkpoint config containers errors model ops weights",
     "reference": "",
     "rounded": "model",
     "run": "errors files",
-    "sample": "allocator device errors model pretrained tokenizer",
+    "sample": "allocator decode device errors model ops pretrained tokenizer",
     "screen": "device model session",
-    "session": "auto checkpoint config corpus data device errors flops graph measure model ops optim run step "
-    "tokenizer",
+    "session": "auto checkpoint config corpus data device errors flops graph hellaswag measure model ops optim "
+    "pretrained run step tokenizer weights",
+    "shards": "data errors files model sources",
     "sources": "errors",
     "step": "device model optim rounded",
     "tokenizer": "errors",
-    "train": "allocator checkpoint config device errors files machine optim plot run sample screen session",
+    "train": "allocator checkpoint config device errors evaluate files hellaswag machine optim plot run sample screen "
+    "session",
+    "weights": "containers errors huggingface layout llmc model nanogpt openai",
 }
 
 KERNELS = {
@@ -50,6 +71,7 @@ KERNELS = {
     "adamw": "launch registration",
     "attention": "attention_backward attention_tiles launch registration",
     "attention_backward": "attention_tiles",
+    "attention_decode": "attention launch registration",
     "attention_tiles": "",
     "cross_entropy": "launch registration",
     "embedding": "launch registration",
@@ -62,9 +84,12 @@ KERNELS = {
     "registration": "launch",
 }
 
-PROGRAMS = {"prepare", "sample", "screen", "session", "train"}  # nothing but a program imports one of these
+# nothing but a program imports one of these
+PROGRAMS = {"evaluate", "export", "inspect", "prepare", "sample", "screen", "session", "train"}
 EXTERNAL = {"reference": {"torch"}, "ops": {"torch"}, "model": {"torch"}, "errors": set()}  # where that matters
-HEAVY = {"tyro", "triton", "transformers", "matplotlib", "tensorboard", "pyarrow"}  # imported when needed, if ever
+HEAVY = {  # imported when needed, if ever
+    "tyro", "triton", "transformers", "matplotlib", "tensorboard", "pyarrow", "datasets", "huggingface_hub",
+}  # fmt: skip
 
 
 def parse(folder: str, module: str) -> ast.Module:

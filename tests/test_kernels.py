@@ -92,6 +92,10 @@ def registered() -> dict[str, list[tuple]]:
         "attention_bwd": [
             (o, qkv, o, n(2, 2, 20), 2, 0.25), (o, n(20, 2, 96).transpose(0, 1), o, n(2, 2, 20), 2, 0.25),
         ],
+        "cached_attention_": [
+            (n(2, 96), n(2, 2, 20, 16), n(2, 2, 20, 16), torch.tensor([3, 19]), 2),
+            (n(96, 2).half().t(), n(2, 2, 20, 16).half(), n(2, 2, 20, 16).half(), torch.tensor([0, 7]), 2),
+        ],
         "cross_entropy_fwd": [(logits, TARGETS, 60, -100), (n(64, 6).t(), TARGETS, 60, -100)],
         "cross_entropy_fwd_grad": [(logits, TARGETS, 60, -100), (n(64, 6).t(), TARGETS, 60, -100)],
         "cross_entropy_fwd_grad_": [(logits, TARGETS, 60, -100)],

@@ -49,7 +49,7 @@ def test_torch_agrees_with_itself_and_is_timed(op, precision, low_stream, monkey
 def test_the_inputs_are_those_of_training(op, precision, low_stream):
     """Shapes, dtypes, and who needs a gradient, as the model itself calls the op."""
     seen = set()
-    functions = {name: getattr(reference, name) for name in NAMES}
+    functions = {name: getattr(reference, name) for name in (*NAMES, "cached_attention")}
     fn = functions[op]
 
     def spy(*args):

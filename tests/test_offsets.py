@@ -101,6 +101,22 @@ dx, dleaf_b = torch.autograd.grad(want, [leaf, leaf_b], x[-8:, -256:].float())
 near(o[-8:, -256:], dx)
 near(db[-1, -256:], dleaf_b)
 """,
+    "attention to a cache": """
+B, H, S, D = 2**20 + 1, 2, 16, 64
+k, v, qkv, o = (torch.empty(B, *shape, dtype=torch.float16) for shape in ([H, S, D], [H, S, D], [3 * H * D], [H * D]))
+position = torch.empty(B, dtype=torch.long)
+position[-1] = 9
+for x in (k, v, qkv):
+    x[-1] = torch.randn(x.shape[1:])
+from gpt2fast import reference
+want = reference.cached_attention(qkv[-1:], k[-1:].clone(), v[-1:].clone(), position[-1:], H)
+with interpreter.only_program(B * H - 1):
+    file("attention_decode")._cached_attention_kernel[(1,)](
+        qkv_ptr=qkv, k_cache_ptr=k, v_cache_ptr=v, position_ptr=position, o_ptr=o, H=H, S=S, D=D,
+        qk_scale=D**-0.5 * 1.4426950408889634, BLOCK_N=16, BLOCK_D=D, NUM_STAGES=1)
+near(o[-1, D:], want[0, D:])
+near(k[-1, 1, 9], qkv[-1, 3 * D : 4 * D])
+""",
     "layer norm": """
 M, N = 2**21 + 2, 1024
 x, o, w = torch.empty(M, N, dtype=torch.float16), torch.empty(M, N, dtype=torch.float16), torch.randn(N)

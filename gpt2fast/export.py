@@ -1,0 +1,172 @@
+"""Weights for others: `python -m gpt2fast.export out/gpt2 --out exported/gpt2`.
+
+    huggingface    a folder that GPT2LMHeadModel.from_pretrained and pipeline load: model.safetensors, config.json,
+                   generation_config.json, and the tokenizer's files if the vocabulary is GPT-2's
+    llm.c          one file, .bin: version 3 in fp32, version 5 in bf16
+
+What it writes appears whole or not at all, and never replaces anything.
+"""
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from gpt2fast import llmc, pretrained, run, tokenizer
+from gpt2fast.errors import RunError, UserError, run_main
+from gpt2fast.files import publish, sync
+from gpt2fast.huggingface import FIXED, SIZES
+from gpt2fast.layout import TRANSPOSED
+from gpt2fast.model import INIT_STD, VOCAB_SIZE, GPTConfig
+from gpt2fast.weights import Weights
+
+END = "<|endoftext|>"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write weights in another program's format."""
+
+    source: str
+    """A run's folder, or any weights that gpt2fast reads: a file, a folder, or a model on the hub."""
+    out: Path = Path("exported")
+    """The folder to make; for llm.c the file, ending in .bin."""
+    format: Literal["huggingface", "llm.c"] = "huggingface"
+    """Whose format."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 rounds: half the size, 8 bits of precision."""
+
+
+def export(c: ExportConfig) -> tuple[Weights, list[str]]:
+    """Read and write; the weights and the names of what was written. UserError on bad input: nothing is left behind."""
+    if c.out.exists() or c.out.is_symlink():
+        raise UserError(f"{c.out} already exists: choose another name with --out")
+    if (c.format == "llm.c") != (c.out.suffix == ".bin"):
+        wanted = "a file ending in .bin" if c.format == "llm.c" else "a folder, so without .bin"
+        raise UserError(f"--out is {c.out}: the format {c.format} needs {wanted}")
+    weights = pretrained.read(c.source)
+    try:
+        c.out.parent.mkdir(parents=True, exist_ok=True)
+        write = write_llmc if c.format == "llm.c" else write_huggingface
+        return weights, write(weights, c.out, DTYPES[c.dtype])
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {c.out} ({error}): free some space, or change --out") from None
+
+
+def write_llmc(weights: Weights, path: Path, dtype: torch.dtype) -> list[str]:
+    """One model file of llm.c's."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            llmc.write(file, weights.config, weights.tensors, dtype)
+        sync(temporary)
+        os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return [path.name]
+
+
+def write_huggingface(weights: Weights, folder: Path, dtype: torch.dtype) -> list[str]:
+    """A folder for transformers. The head is wte and not stored twice."""
+    texts = {"config.json": _json(model_config(weights.config, dtype))}
+    texts["generation_config.json"] = _json(_special_tokens(weights.config))
+    texts |= _tokenizer_files(weights.config)
+    partial = folder.with_name(f"{folder.name}.partial")
+    with run.locked(partial):
+        try:
+            for old in partial.iterdir():
+                if old.name != "lock":
+                    old.unlink()
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8", newline="\n")
+            tensors = {
+                f"transformer.{name}": (tensor.T if name.endswith(TRANSPOSED) else tensor).to(dtype).contiguous()
+                for name, tensor in weights.tensors.items()
+            }
+            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            # safetensors makes its files readable to their owner only
+            (partial / "model.safetensors").chmod(stat.S_IMODE((partial / "config.json").stat().st_mode))
+            (partial / "lock").unlink(missing_ok=True)
+            publish(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return ["model.safetensors", *texts]
+
+
+def model_config(config: GPTConfig, dtype: torch.dtype) -> dict:
+    """config.json as transformers writes it for GPT2LMHeadModel. No dropout, as in our training."""
+    kind = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        **{name: values[0] for name, values in FIXED.items() if values[0] is not None},
+        "n_inner": None,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": INIT_STD,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "dtype": kind,
+        "torch_dtype": kind,  # its name until transformers 4.56
+        **_special_tokens(config),
+    }
+
+
+def _special_tokens(config: GPTConfig) -> dict:
+    """transformers would take 50256 for both, in any vocabulary."""
+    token = tokenizer.EOT if config.vocab_size == VOCAB_SIZE else None
+    return {"bos_token_id": token, "eos_token_id": token}
+
+
+def _tokenizer_files(config: GPTConfig) -> dict[str, str]:
+    """What transformers makes GPT-2's tokenizer of; nothing if this is no vocabulary of GPT-2's, or it is not at hand.
+
+    merges.txt is OpenAI's vocab.bpe, vocab.json numbers the same tokens, written in the same characters.
+    """
+    if config.vocab_size != VOCAB_SIZE:
+        return {}
+    try:
+        merges = tokenizer.vocab_bpe().decode()
+    except UserError:
+        return {}
+    characters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    characters += [chr(256 + n) for n in range(256 - len(characters))]  # the order of bytes: tokenizer.py
+    tokens = [*characters, *(line.replace(" ", "") for line in merges.splitlines()[1:]), END]
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size, "add_prefix_space": False}
+    return {
+        "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": merges,
+        "tokenizer_config.json": _json(settings | dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)),
+    }
+
+
+def _json(values: dict) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    import tyro
+
+    c = tyro.cli(ExportConfig, args=argv, prog="python -m gpt2fast.export", config=(tyro.conf.PositionalRequiredArgs,))
+    weights, written = export(c)
+    print(f"from    {weights.where}")
+    print(f"wrote   {c.out}: {', '.join(written)}")
+    if c.format == "huggingface" and "vocab.json" not in written:
+        print("note    without a tokenizer: the vocabulary is not GPT-2's, or vocab.bpe is not at hand")
+
+
+if __name__ == "__main__":
+    run_main(main)
