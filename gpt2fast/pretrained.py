@@ -17,7 +17,7 @@ def load(source: str | Path, device: torch.device, backend: Backend = "auto") ->
     `backend` auto: what a run was trained with, where this device has it; else torch.
     """
     found = read(source)
-    chosen = _implementations(Path(source), device, backend)
+    chosen = implementations(source, device, backend)
     ops.check_sizes(chosen, found.config.n_embd, found.config.n_embd // found.config.n_head)
     with torch.device("meta"):  # no initial weights are drawn, and memory is taken on the device only
         model = GPT(found.config, ops.build(chosen, device.type))
@@ -51,10 +51,11 @@ def _checkpoint(path: Path) -> Path | None:
     return found[-1][1]
 
 
-def _implementations(path: Path, device: torch.device, backend: Backend) -> ops.OpsConfig:
+def implementations(source: str | Path, device: torch.device, backend: Backend) -> ops.OpsConfig:
+    """What `load` computes with."""
     if backend != "auto":
         return ops.OpsConfig().with_backend(backend)
-    found = _checkpoint(path)
+    found = _checkpoint(Path(source))
     if found is None or found.parent.name != "checkpoints" or not (found.parent.parent / "config.json").is_file():
         return ops.OpsConfig()
     settings, resolved = config.read_record(found.parent.parent)

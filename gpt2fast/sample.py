@@ -18,7 +18,7 @@ from gpt2fast.decode import EVERY, Decoder, Sampling, generate
 from gpt2fast.device import Precision, pick_device, pick_precision, use_allowed_cores
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.model import GPT, VOCAB_SIZE
-from gpt2fast.ops import Backend, OpsConfig
+from gpt2fast.ops import Backend
 
 SEPARATOR = re.compile(r"\n?<\|endoftext\|>\n?")
 BATCH = 8  # texts at once
@@ -171,8 +171,8 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     use_allowed_cores()
     device = pick_device(options.device)
-    backend = OpsConfig() if options.backend == "auto" else OpsConfig().with_backend(options.backend)
-    precision = pick_precision(options.precision, device, ops.interpreted(backend))
+    chosen = pretrained.implementations(options.source, device, options.backend)
+    precision = pick_precision(options.precision, device, ops.interpreted(chosen))
     model, path = pretrained.load(options.source, device, options.backend)
     rows = [row for row in encode_all(encoding, prompts, model) for _ in range(options.samples)]
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gpt2fast import decode, graph, reference
+from gpt2fast import decode, graph
 from gpt2fast.decode import Decoder, Sampling, choose, generate
 from gpt2fast.model import GPT, GPTConfig
-from gpt2fast.ops import Ops, OpsConfig, build
+from gpt2fast.ops import OpsConfig, build
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=211)
 GREEDY = Sampling(temperature=0)
@@ -289,13 +289,8 @@ def traced(decoders: list[Decoder]):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=9, top_p=0.8)], ids=["greedy", "drawn"])
-def test_a_recorded_step_writes_the_same(sampling, precision, monkeypatch):
+def test_a_recorded_step_writes_the_same(sampling, precision, model, monkeypatch):
     """It finds token, position, number and place on the device; also across the block's end, where it is not used."""
-    model = make()
-    gpus = Ops(**{name: getattr(reference, name) for name in Ops.__dataclass_fields__})  # a CPU's looks at positions
-    for module in model.modules():
-        if hasattr(module, "ops"):
-            module.ops = gpus
     made, replays = [], []
     record = traced(made)
 

@@ -113,6 +113,17 @@ def test_the_backend_is_the_runs_or_the_one_named(run, tmp_path, monkeypatch):
     assert [chosen.with_backend("torch") for chosen in built] == [trained, torch_only, torch_only, torch_only]
 
 
+def test_a_run_of_interpreted_kernels_is_known_as_one(run, tmp_path, monkeypatch):
+    """And so written and evaluated in fp32: the interpreter computes bf16 wrongly."""
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    record = json.loads((moved / "config.json").read_text())
+    record["config"]["ops"]["attention"] = "triton"
+    (moved / "config.json").write_text(json.dumps(record))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreted = [ops.interpreted(pretrained.implementations(source, CPU, "auto")) for source in (run, moved)]
+    assert interpreted == [False, True]
+
+
 def test_heads_that_the_kernels_cannot_take_are_refused(tmp_path):
     narrow = foreign.GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=9)
     settings = json.loads(foreign.huggingface_config(narrow))

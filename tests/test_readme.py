@@ -6,6 +6,7 @@ import shlex
 import pytest
 import tiny
 from conftest import CHECKOUT
+from test_hellaswag import write_jsonl
 
 pytest.importorskip("tyro", reason="needs tyro for the command lines")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -16,7 +17,14 @@ SHORT = {
     "gpt2fast.train --resume": "--steps 6",
     "gpt2fast.train --help": "",
     "gpt2fast.sample": "--tokens 3",
-    "gpt2fast.prepare": "",
+    "gpt2fast.prepare README.md": "",
+    "gpt2fast.prepare": "--from README.md --shard-tokens 4000",  # no download, and more than one shard
+    "gpt2fast.export": "",
+    "gpt2fast.evaluate": "--max-batches 1",
+    "gpt2fast.evaluate out/gpt2": "--data none --max-examples 2 --from hellaswag_val.jsonl",
+    "gpt2fast.inspect": "",
+    "gpt2fast.train gpt2": "--model.n-layer 1 --model.n-head 2 --model.n-embd 32 --model.block-size 64 --batch-size 1 "
+    "--seq-len 64 --total-batch 64 --steps 1 --val-batches 1 --sample-tokens 3",
     "benchmarks.ladder": "--steps 1 --warmup 1 --rungs fp32 --batch-size 1 --seq-len 32 --out rows",
     "benchmarks.peers": "--size nano --device cpu --batch-size 1 --seq-len 32 --steps 1 --warmup 1 --seconds 0.1 "
     "--repetitions 1 --file rows/peers.jsonl --peers 'torch eager'",
@@ -54,6 +62,7 @@ def test_every_link_leads_somewhere():
 def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_module):
     """After the main command, in one folder, as a reader would."""
     (tmp_path / "README.md").write_text("A text of one's own. " * 2000)
+    write_jsonl(tmp_path / "hellaswag_val.jsonl")
     unused = set(SHORT)
     for command in ["python -m gpt2fast.train", *COMMANDS]:
         variables = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
