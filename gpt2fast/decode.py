@@ -59,18 +59,18 @@ class Decoder:
     """Rows of tokens, at least one each, of which each gets `n` more; `seeds` are the rows'.
 
     A row that has written the token `stop` has ended: no more of it than further ones of these. Weights are rounded to
-    the compute dtype once.
+    the compute dtype once. `record`: on CUDA, as a graph; its memory stays taken as long as the decoder lives.
     """
 
     @torch.no_grad()
     def __init__(
         self, model: GPT, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, seeds: Sequence[int],
-        precision: Precision, stop: int | None,
+        precision: Precision, stop: int | None, record: bool = True,
     ):  # fmt: skip
         self.device, self.precision, self.n, self.sampling, self.stop = (
             model.wte.weight.device, precision, n, sampling, stop,
         )  # fmt: skip
-        self.recorded = self.device.type == "cuda"
+        self.recorded = record and self.device.type == "cuda"
         self.longest = max(map(len, prompts))
         padding = [stop or 0]
         rows = [[*map(int, prompt), *padding * (self.longest + n - len(prompt))] for prompt in prompts]
@@ -155,13 +155,16 @@ def generate(
     seed: int = 0,
     precision: Precision = "fp32",
     stop: int | None = None,
+    record: bool = True,
 ) -> Tensor:
     """Up to `n` more tokens of each row of tokens, at least one each: (B, n) on the CPU, or less if all have ended.
 
-    Row i draws with seed + i. A row ends with the token `stop`, and is padded with it.
+    Row i draws with seed + i. A row ends with the token `stop`, and is padded with it. `record`: see Decoder.
     """
     seeds = range(seed, seed + len(prompts))
-    decoder = Decoder(model, prompts, n, sampling or Sampling(), seeds=seeds, precision=precision, stop=stop)
+    decoder = Decoder(
+        model, prompts, n, sampling or Sampling(), seeds=seeds, precision=precision, stop=stop, record=record
+    )  # fmt: skip
     return torch.cat(list(decoder.stream()), dim=1)
 
 

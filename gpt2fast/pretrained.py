@@ -19,8 +19,9 @@ def load(source: str | Path, device: torch.device, backend: Backend = "auto") ->
     found = read(source)
     chosen = implementations(source, device, backend)
     ops.check_sizes(chosen, found.config.n_embd, found.config.n_embd // found.config.n_head)
+    built = ops.build(chosen, device.type)
     with torch.device("meta"):  # no initial weights are drawn, and memory is taken on the device only
-        model = GPT(found.config, ops.build(chosen, device.type))
+        model = GPT(found.config, built)
     model.to_empty(device=device)
     model.load_state_dict(found.tensors)
     return model, found.where

@@ -35,10 +35,11 @@ def sample_text(
     sampling: Sampling | None = None,
 ) -> str:
     """The prompt and up to `n` tokens after it. It begins behind <|endoftext|>, as every document in training did, and
-    ends with the next one."""
+    ends with the next one. Nothing is recorded: a run that trains keeps its memory, and its own graphs, to itself."""
     encoding = tokenizer.load(vocab_file)
     tokens = generate(
-        model, [encode(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT
+        model, [encode(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT,
+        record=False,
     )  # fmt: skip
     return prompt + encoding.decode(until_end(tokens[0].tolist()))
 

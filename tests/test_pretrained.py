@@ -11,6 +11,7 @@ import torch
 from foreign import CONFIG, random_tensors
 
 from gpt2fast import config, export, ops, pretrained, weights
+from gpt2fast.decode import Sampling, generate
 from gpt2fast.errors import UserError
 from gpt2fast.export import ExportConfig
 from gpt2fast.model import GPT
@@ -122,6 +123,22 @@ def test_a_run_of_interpreted_kernels_is_known_as_one(run, tmp_path, monkeypatch
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     interpreted = [ops.interpreted(pretrained.implementations(source, CPU, "auto")) for source in (run, moved)]
     assert interpreted == [False, True]
+
+
+@pytest.mark.kernel
+def test_foreign_weights_in_our_kernels_write_what_torch_writes(tmp_path, device):
+    wide = foreign.GPTConfig(n_layer=2, n_head=1, n_embd=16, block_size=8, vocab_size=50)
+    settings = json.loads(foreign.huggingface_config(wide))
+    tensors = random_tensors(wide)
+    tensors["wpe.weight"] *= 20  # or one token would follow itself for ever
+    folder = foreign.huggingface_folder(tmp_path / "a", foreign.conv1d(tensors), **settings)
+    texts = []
+    for backend in ("torch", "triton"):
+        model, _ = pretrained.load(folder, device, backend)
+        assert (model.ops.cached_attention.__module__ == "gpt2fast.kernels.attention_decode") == (backend == "triton")
+        texts.append(generate(model, [[3, 1], [7]], 6, Sampling(temperature=0)).tolist())
+    assert texts[0] == texts[1]
+    assert len(set(texts[0][0])) > 1
 
 
 def test_heads_that_the_kernels_cannot_take_are_refused(tmp_path):

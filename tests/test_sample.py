@@ -84,7 +84,7 @@ def test_the_text_ends_before_the_end(model, monkeypatch):
     seen = {}
     monkeypatch.setattr(sample, "generate", lambda *args, **options: seen.update(options) or tokens)
     assert sample.sample_text(model, "Hello", 4, precision="fp32", seed=3) == "Hello there"
-    assert seen == {"seed": 3, "precision": "fp32", "stop": tokenizer.EOT}
+    assert seen == {"seed": 3, "precision": "fp32", "stop": tokenizer.EOT, "record": False}
 
 
 # prompts
