@@ -1,7 +1,7 @@
 """LayerNorm and GELU as ops that Inductor looks into, instead of opaque ones: an experiment for the ladder.
 
 Our ops are opaque to torch.compile: their launches, and the additions that end a backward pass, happen inside a call
-that it does not look into. `make_visible` registers the same functions with `torch.library.triton_op`, so that Inductor
+that it does not look into. `make_visible` registers the same functions as torch's `triton_op`, so that Inductor
 launches the kernels itself, plans their memory and compiles the additions. It cannot fuse into a kernel that is written
 by hand.
 Predicted: nothing at B=64, where the device is never short of work; some per cent of a small step without CUDA graphs,

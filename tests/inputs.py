@@ -1,7 +1,7 @@
-"""What kernels are fed: dtypes, values beyond unit normals, layouts beyond contiguous. Seeded by shape."""
+"""What kernels and models are fed: dtypes, values beyond unit normals, layouts beyond contiguous. Seeded by shape."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,3 +28,13 @@ def normal(
     """VALUES of standard normals, which are drawn on the CPU: the same on every device."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
     return (VALUES[values](x) if x.numel() else x).to(device, dtype)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, std: float, seed: int) -> None:
+    """Random values everywhere, LayerNorm's weights around 1: an initial bias of zero would hide a lost one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.normal_(0.0, std, generator=generator)
+        if "ln_" in name and name.endswith("weight"):
+            p += 1

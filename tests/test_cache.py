@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from inputs import randomise
 
 from gpt2fast.cache import Cache
 from gpt2fast.device import DTYPES, autocast
@@ -18,12 +19,7 @@ T = 24
 
 def make(backend: str, device: torch.device) -> GPT:
     model = GPT(CONFIG, build(OpsConfig().with_backend(backend), device.type))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(0.0, 0.1, generator=generator)
-            if "ln_" in name and name.endswith("weight"):
-                p += 1
+    randomise(model, 0.1, 0)
     return model.to(device)
 
 

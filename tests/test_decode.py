@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from inputs import randomise
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -19,12 +20,7 @@ PROMPTS = [[3, 14, 15], [92], [65, 35, 89, 79, 32, 38, 46], [26, 43]]
 
 def make(config: GPTConfig = CONFIG, backend: str = "torch", device: torch.device | str = "cpu") -> GPT:
     model = GPT(config, build(OpsConfig().with_backend(backend), torch.device(device).type))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(0.0, 0.3, generator=generator)
-            if "ln_" in name and name.endswith("weight"):
-                p += 1
+    randomise(model, 0.3, 1)
     return model.to(device)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from inputs import randomise
 from torch import Tensor, nn
 
 from gpt2fast import ops
@@ -33,12 +34,7 @@ def huggingface_model(config: GPTConfig) -> nn.Module:
     )
     assert settings.activation_function == "gelu_new"
     model = transformers.GPT2LMHeadModel(settings)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(0.0, 0.05, generator=generator)
-            if "ln_" in name and name.endswith("weight"):
-                p += 1
+    randomise(model, 0.05, 0)
     return model
 
 
