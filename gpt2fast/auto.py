@@ -43,6 +43,15 @@ class Choice:
     results: dict[str, dict[str, Result]]
 
 
+def to_json(choice: Choice | None) -> str:
+    return json.dumps(choice and asdict(choice))
+
+
+def from_json(text: str) -> Choice:
+    values = json.loads(text)
+    return Choice(ops=OpsConfig(**values["ops"]), results=values["results"])
+
+
 def choose(
     config: OpsConfig,
     candidates: Mapping[str, Sequence[str]],

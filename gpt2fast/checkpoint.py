@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2fast.distributed import ALONE, World, part
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.files import publish, remove_folder
 from gpt2fast.model import GPT
@@ -39,21 +40,35 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def save(folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> Path:
+def save(
+    folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict, keep: int, world: World = ALONE
+) -> Path:
     """Write checkpoint `step` below `folder`, then delete all but the newest `keep`. `state` must be plain JSON.
 
-    RunError if it cannot be written; what was there before is then untouched. Already there: nothing to do.
+    Every rank calls it, rank 0 writes, the same files for any number of them. RunError if it cannot be written; what
+    was there before is then untouched. Already there: nothing to do.
     """
     final = folder / f"step_{step:08d}"
-    if final.exists():
-        return final
+    moments = _moments(model, part(optimizer))
+    if part(optimizer) is not optimizer:
+        moments = world.collect(moments)
+    if world.main and not final.exists():
+        _write(final, model, moments, {"step": step, "rng": _rng_state(), **state})
+        for _, path in list_checkpoints(folder)[:-keep]:
+            remove_folder(path)
+    world.wait()
+    return final
+
+
+def _write(final: Path, model: GPT, moments: dict[str, Tensor], state: dict) -> None:
+    folder = final.parent
     temporary = folder / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(_on_cpu(model.state_dict()), temporary / "model.safetensors")
-        save_file(_on_cpu(_moments(model, optimizer)), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, "rng": _rng_state(), **state}))
+        save_file(_on_cpu(moments), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state))
         manifest = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in _FILES
         }
@@ -68,9 +83,6 @@ def save(folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, 
             f"checkpoint {final} could not be saved ({error}): free some space, then continue with --resume "
             + (f"from {kept[-1][1].name}, which is whole" if kept else "(no earlier checkpoint exists)")
         ) from None
-    for _, path in list_checkpoints(folder)[:-keep]:
-        remove_folder(path)
-    return final
 
 
 def read_state(path: Path) -> dict:
@@ -95,12 +107,13 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer, stat
     """Weights, moments and random generators, exactly as they were saved; `state` is what `read_state` gave."""
     load_model(path, model)
     moments = _read(path / "optimizer.safetensors")
-    names = _names_in_order(model, optimizer)
-    needed = {f"{moment}.{name}" for name in names for moment in _MOMENTS}
+    needed = {f"{moment}.{name}" for name in _names_in_order(model, optimizer) for moment in _MOMENTS}
     if moments and set(moments) != needed:
         raise UserError(
             f"checkpoint {path} has another optimizer's state: it lacks or adds {min(needed ^ set(moments))}"
         )
+    optimizer = part(optimizer)  # of ZeRO-1: each rank takes its share
+    names = _names_in_order(model, optimizer)
     full = optimizer.state_dict()
     if moments:  # a checkpoint of step 0 has none
         rows = model.config.padded_vocab_size
@@ -166,7 +179,7 @@ def _rng_state() -> dict:
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _to_hex(torch.get_rng_state()),
-        "cuda": [_to_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": [_to_hex(torch.cuda.get_rng_state())] if torch.cuda.is_available() else [],  # of this process's GPU
         "mps": _to_hex(torch.mps.get_rng_state()) if torch.backends.mps.is_available() else None,
     }
 
@@ -177,8 +190,8 @@ def _set_rng_state(state: dict) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_from_hex(state["torch"]))
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_from_hex(one) for one in state["cuda"]])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state(_from_hex(state["cuda"][0]))
     if torch.backends.mps.is_available() and state["mps"]:
         torch.mps.set_rng_state(_from_hex(state["mps"]))
 

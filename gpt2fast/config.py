@@ -73,6 +73,9 @@ class TrainConfig:
     """Let CUDA's fp32 matmuls use TF32."""
     residual: Literal["auto", "fp32", "low"] = "auto"
     """The residual stream: in fp32, or in autocast's dtype (low). auto: low under bf16 on CUDA; fp16 might overflow."""
+    zero: bool = False
+    """ZeRO-1: each of many processes keeps the optimizer's state of its share of the weights only, 8 bytes a weight
+    divided by their number. Same bits."""
     recompute: bool = False
     """Activation checkpointing: a block keeps 6 of about 40 bytes a token and unit of width, and runs again in
     backward, a third more of its work."""
@@ -101,6 +104,8 @@ class TrainConfig:
     """Steps between HellaSwag scores; 0: never."""
     sample_every: int = 250
     """Steps between sampled texts; 0: never."""
+    samples: int = 1
+    """Texts that are sampled each time; many processes share them."""
     sample_tokens: int = 64
     """Tokens in a sampled text."""
     prompt: str = "Hello, I'm a language model,"
@@ -126,7 +131,7 @@ class TrainConfig:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in an optimizer step."""
+        """Micro-batches in an optimizer step, of all processes together."""
         return self.total_batch // (self.batch_size * self.seq_len)
 
 
@@ -144,9 +149,9 @@ PRESETS = {
 # A resumed run may change these; all else would change which tokens it has seen, or which model it is.
 CHANGEABLE = {
     "backend", "ops", "tokenizer_file", "steps", "lr", "lr_floor", "warmup", "weight_decay", "beta1", "beta2",
-    "grad_clip", "optimizer", "device", "precision", "tf32", "residual", "recompute", "compile", "cuda_graph",
+    "grad_clip", "optimizer", "device", "precision", "tf32", "residual", "zero", "recompute", "compile", "cuda_graph",
     "out", "run", "resume", "stop_at", "log_every", "val_every", "val_batches", "hellaswag", "hellaswag_every",
-    "sample_every", "sample_tokens", "prompt", "checkpoint_every", "keep", "tensorboard",
+    "sample_every", "samples", "sample_tokens", "prompt", "checkpoint_every", "keep", "tensorboard",
 }  # fmt: skip
 
 
@@ -175,19 +180,19 @@ def parse(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig, str]:
     return config, source
 
 
-def resolve(config: TrainConfig, memory: int | None) -> TrainConfig:
+def resolve(config: TrainConfig, memory: int | None, ranks: int = 1) -> TrainConfig:
     """Put a value where None stands for one that follows from others; `memory` is the device's, None for a CPU."""
     return replace(
         config,
-        batch_size=default_batch_size(config, memory) if config.batch_size is None else config.batch_size,
+        batch_size=default_batch_size(config, memory, ranks) if config.batch_size is None else config.batch_size,
         warmup=min(715, max(1, config.steps // 20)) if config.warmup is None else config.warmup,
     )
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, ranks: int = 1) -> None:
     """UserError on settings that cannot work together. They must be resolved."""
     c = config
-    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "sample_tokens", "keep"]
+    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "samples", "sample_tokens", "keep"]
     natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
     natural += ["val_every", "val_batches", "hellaswag_every", "sample_every", "checkpoint_every"]
     positive += [name for name in ("log_every", "stop_at") if getattr(c, name) is not None]
@@ -210,14 +215,21 @@ def check(config: TrainConfig) -> None:
             f"--total-batch {c.total_batch} is no multiple of B*T = {c.batch_size}*{c.seq_len} = "
             f"{c.batch_size * c.seq_len}: change one of --total-batch, --batch-size, --seq-len"
         )
+    if c.accumulation % ranks:
+        raise UserError(
+            f"--total-batch {c.total_batch} is {c.accumulation} micro-batches of B*T = {c.batch_size}*{c.seq_len}, and "
+            f"{ranks} processes cannot share them evenly: start a number that divides {c.accumulation}, or lower "
+            "--batch-size"
+        )
     if c.warmup > c.steps:
         raise UserError(
             f"--warmup {c.warmup} is longer than the run of --steps {c.steps}: lower it, say to {c.steps // 20}"
         )
 
 
-def default_batch_size(config: TrainConfig, memory: int | None) -> int:
-    """Largest power of two up to 64 whose step fits into `memory` bytes (None: a CPU, 4), and that divides the total.
+def default_batch_size(config: TrainConfig, memory: int | None, ranks: int = 1) -> int:
+    """Largest power of two up to 64 whose step fits into `memory` bytes (None: a CPU, 4), and that divides each rank's
+    share of the total.
 
     Counted per token: the logits chain (bf16, fp32, and the gradients of both: 12 V) and about 40 L C bytes of
     activations, with --recompute 6 L C and one block's 40 C; per parameter: weight, gradient, two moments and a bf16
@@ -228,7 +240,9 @@ def default_batch_size(config: TrainConfig, memory: int | None) -> int:
     blocks = 6 * m.n_layer + 40 if config.recompute else 40 * m.n_layer
     token = 12 * m.padded_vocab_size + blocks * m.n_embd
     fixed = 18 * (12 * m.n_layer * m.n_embd**2 + m.padded_vocab_size * m.n_embd)
-    while size > 1 and (config.total_batch % (size * T) or (memory and fixed + size * T * token > 0.85 * memory)):
+    while size > 1 and (
+        config.total_batch % (size * T * ranks) or (memory and fixed + size * T * token > 0.85 * memory)
+    ):
         size //= 2
     return size
 

@@ -230,14 +230,14 @@ class Loader:
             self._orders[epoch] = random.permutation(int(self._ends[-1]))
         return self._orders[epoch]
 
-    def batches(self, start: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from number `start` on, on `device`, each made while the device works on the one before.
+    def batches(self, start: int, device: torch.device, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each `every`-th batch from number `start` on, on `device`, made while the device works on the one before.
 
         On CUDA they are pinned and copied asynchronously: the host never waits, and torch keeps a pinned block until
         its copy is done.
         """
         ahead = self._send(self.batch(start), device)
-        for i in itertools.count(start + 1):
+        for i in itertools.count(start + every, every):
             current, ahead = ahead, self._send(self.batch(i), device)
             yield current
 

@@ -8,14 +8,20 @@ from typing import Literal
 
 import torch
 
+from gpt2fast.distributed import ALONE, World
 from gpt2fast.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """ "auto": CUDA, else MPS, else CPU. A device that is asked for by name and absent is a UserError."""
+def pick_device(name: str = "auto", world: World = ALONE) -> torch.device:
+    """ "auto": CUDA, else MPS, else CPU. A device that is asked for by name and absent is a UserError.
+
+    Of several ranks each takes the GPU of its number on its machine, and makes it torch's current one.
+    """
+    if world.size > 1:
+        return _pick_for_rank(name, world)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -36,6 +42,21 @@ def pick_device(name: str = "auto") -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"device {name} is not supported: use cuda, mps or cpu")
     return device
+
+
+def _pick_for_rank(name: str, world: World) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UserError(f"--device {name} with {world.size} processes: use cuda, of which each takes its own, or cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if world.local_rank >= count:
+        raise UserError(
+            f"process {world.local_rank} of this machine has no GPU to itself, since torch sees {count}: "
+            f"start torchrun with --nproc-per-node {max(1, count)}, or use --device cpu"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
 def pick_precision(name: str, device: torch.device, interpreted: bool = False) -> Precision:

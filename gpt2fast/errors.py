@@ -16,10 +16,15 @@ class RunError(UserError):
     exit_code = 1
 
 
+def arguments() -> list[str]:
+    """What stands on the command line. A -- before it keeps it from torchrun, which has options like --run itself."""
+    return sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]
+
+
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and its exit code."""
     try:
-        code = main(sys.argv[1:])
+        code = main(arguments())
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = error.exit_code

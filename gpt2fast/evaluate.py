@@ -8,6 +8,7 @@ memory of the one before it, as in training. HellaSwag: see hellaswag.py.
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.config import TrainConfig
 from gpt2fast.data import Dataset
 from gpt2fast.device import Precision, autocast, device_name, pick_device, pick_precision, use_allowed_cores
+from gpt2fast.distributed import ALONE, World, joined, one_complains
 from gpt2fast.errors import RunError, UserError, run_main
 from gpt2fast.files import write_atomic
 from gpt2fast.flags import named_from
@@ -55,40 +57,55 @@ def split_loss(
     max_batches: int | None = None,
     give_up: Callable[[], bool] = lambda: False,
     progress: bool = False,
+    world: World = ALONE,
 ) -> SplitLoss | None:
-    """The exact mean loss over `shards`, or over their first `max_batches` batches of (B, T).
+    """The exact mean loss over `shards`, or over their first `max_batches` batches of (B, T), which the ranks share.
 
-    None once `give_up`, asked before each batch, says yes. UserError if there is nothing to predict.
+    None once `give_up`, asked before each batch, says yes to any of them. UserError if there is nothing to predict.
     """
     total = sum(max(0, len(tokens) - 1) for tokens in shards)
     if not total:
         raise UserError("the split holds no two tokens in a row: there is nothing to predict")
-    device, losses, done = model.wte.weight.device, 0.0, 0
+    device, losses, done, given_up = model.wte.weight.device, 0.0, 0, False
     expected = total if max_batches is None else min(total, max_batches * B * T)
     with tqdm(
-        total=expected, desc="loss", unit=" tokens", unit_scale=True, disable=not progress, mininterval=0.5
+        total=expected // world.size,
+        desc="loss",
+        unit=" tokens",
+        unit_scale=True,
+        disable=not progress,
+        mininterval=0.5,
     ) as bar:
-        for x, y in islice(_batches(shards, B, T, model.config.vocab_size), max_batches):
-            if give_up():
-                return None
+        for x, y in _batches(
+            shards, B, T, model.config.vocab_size, range(world.rank, max_batches or sys.maxsize, world.size)
+        ):
+            given_up = give_up()
+            if given_up:
+                break
             n = int((y != IGNORE).sum())
             with autocast(device, precision):
                 loss = model(x.to(device), y.to(device)).item()
             losses, done = losses + n * loss, done + n
             bar.update(n)
             bar.set_postfix_str(f"loss {losses / done:.4f}")
-    return SplitLoss(losses / done, done, done == total)
+    losses, done, given_up = world.totals(losses, done, given_up)
+    return None if given_up else SplitLoss(losses / done, int(done), done == total)
 
 
 def _batches(
-    shards: Sequence[np.ndarray], B: int, T: int, vocab_size: int
+    shards: Sequence[np.ndarray], B: int, T: int, vocab_size: int, numbers: range
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """x, y of (B, T) int64 in the order of the shards; fewer rows in the last. Behind a shard's end y is IGNORE."""
+    """x, y of (B, T) int64 in the order of the shards; fewer rows in the last. Behind a shard's end y is IGNORE.
+
+    `numbers`: which of the batches.
+    """
     windows = (tokens[i : i + T + 1] for tokens in shards for i in range(0, len(tokens) - 1, T))
     for number in count():
         rows = list(islice(windows, B))
-        if not rows:
+        if not rows or number >= numbers.stop:
             return
+        if number not in numbers:
+            continue
         x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), IGNORE, np.int64)
         for i, row in enumerate(rows):
             data.check_tokens(row, vocab_size, f"batch {number}")
@@ -136,8 +153,8 @@ class EvaluateConfig:
     """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
 
 
-def evaluate(c: EvaluateConfig) -> dict:
-    """The results, plain JSON. UserError on what cannot work, found before anything is computed."""
+def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
+    """The results, plain JSON, on every rank. UserError on what cannot work, found before anything is computed."""
     start = time.perf_counter()
     for name in ("batch_size", "seq_len", "max_batches", "max_examples"):
         if getattr(c, name) is not None and getattr(c, name) < 1:
@@ -151,12 +168,15 @@ def evaluate(c: EvaluateConfig) -> dict:
         known = "" if folder else f", since {c.source} is no run, which would have its own data"
         raise UserError(f"nothing to evaluate{known}: name a folder of shards with --data, or add --hellaswag")
 
-    device = pick_device(c.device)
+    device = pick_device(c.device, world)
     as_trained = settings is not None and c.backend == "auto"
     chosen = settings.implementations if as_trained else ops.OpsConfig().with_backend(c.backend)
     precision = pick_precision(c.precision, device, ops.interpreted(chosen))
     examples = []
     if scored:
+        if world.main and c.from_ is None:
+            hellaswag.fetch()
+        world.wait()
         path = c.from_ or hellaswag.fetch()
         examples = hellaswag.read(path, c.tokenizer_file)[: c.max_examples]
     model, description = pretrained.load(c.source, device, c.backend)
@@ -182,9 +202,11 @@ def evaluate(c: EvaluateConfig) -> dict:
     }
     try:
         if dataset:
-            result |= _loss(model, dataset, c, B, T, precision) | {"trained_on": resolved.get("data_fingerprint")}
+            result |= _loss(model, dataset, c, B, T, precision, world) | {
+                "trained_on": resolved.get("data_fingerprint")
+            }
         if examples:
-            found = hellaswag.score(model, examples, precision, tokens=B * T, progress=True)
+            found = hellaswag.score(model, examples, precision, tokens=B * T, progress=world.main, world=world)
             result["hellaswag"] = {"file": str(path), **asdict(found)}
     except torch.OutOfMemoryError:
         raise RunError(f"out of memory with --batch-size {B} and --seq-len {T}: lower --batch-size") from None
@@ -199,11 +221,11 @@ def run_folder(source: str) -> Path | None:
     return next(found, None)
 
 
-def _loss(model: GPT, dataset: Dataset, c: EvaluateConfig, B: int, T: int, precision: Precision) -> dict:
+def _loss(model: GPT, dataset: Dataset, c: EvaluateConfig, B: int, T: int, precision: Precision, world: World) -> dict:
     shards = dataset.train if c.split == "train" else dataset.val
     if not shards:
         raise UserError(f"{dataset.name} has no {c.split} split: prepare more text, or take --split train")
-    found = split_loss(model, shards, B, T, precision, max_batches=c.max_batches, progress=True)
+    found = split_loss(model, shards, B, T, precision, max_batches=c.max_batches, progress=world.main, world=world)
     if not math.isfinite(found.loss):
         raise RunError(f"the loss is {found.loss}: look at the weights and the data, or try --precision fp32")
     counts = count_all(shards, model.config.vocab_size)
@@ -262,19 +284,26 @@ def table(result: dict) -> str:
 def main(argv: Sequence[str]) -> None:
     import tyro
 
-    c = tyro.cli(
-        EvaluateConfig, args=argv, prog="python -m gpt2fast.evaluate", config=(tyro.conf.PositionalRequiredArgs,)
-    )
     keep_freed_memory()
     use_allowed_cores()
-    result = evaluate(c)
-    print(table(result))
-    if c.out:
-        try:
-            c.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(c.out, json.dumps(result, indent=1))
-        except OSError as error:
-            raise RunError(f"cannot write {c.out} ({error.strerror}): the results are those above") from None
+    with joined() as world:
+        with one_complains(world):
+            c = tyro.cli(
+                EvaluateConfig, args=argv, prog="python -m gpt2fast.evaluate",
+                config=(tyro.conf.PositionalRequiredArgs,),
+            )  # fmt: skip
+        result = evaluate(c, world)
+        print(table(result))
+        if c.out and world.main:
+            write(c.out, result)
+
+
+def write(path: Path, result: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(result, indent=1))
+    except OSError as error:
+        raise RunError(f"cannot write {path} ({error.strerror}): the results are those above") from None
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from gpt2fast import data, tokenizer
 from gpt2fast.device import Precision, autocast
+from gpt2fast.distributed import ALONE, World
 from gpt2fast.download import download
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.model import GPT, GPTConfig
@@ -186,16 +187,19 @@ def score(
     tokens: int = 16384,
     give_up: Callable[[], bool] = lambda: False,
     progress: bool = False,
+    world: World = ALONE,
 ) -> Score | None:
-    """Accuracy over `examples`, about `tokens` of them at a time; None once `give_up`, asked before each batch, says
-    yes. The longest come first: what does not fit into memory fails at once."""
+    """Accuracy over `examples`, which the ranks share, about `tokens` of them at a time; None once `give_up`, asked
+    before each batch, says yes to any of them. The longest come first: what does not fit into memory fails at once."""
     examples, cut = fit(examples, model.config)
     examples.sort(key=lambda example: -len(example.context) - example.longest)
-    right, right_norm, done = 0, 0, 0
+    examples = examples[world.rank :: world.size]
+    right, right_norm, done, given_up = 0, 0, 0, False
     with tqdm(total=len(examples), desc="HellaSwag", unit=" examples", disable=not progress, mininterval=0.5) as bar:
         while done < len(examples):
-            if give_up():
-                return None
+            given_up = give_up()
+            if given_up:
+                break
             width = len(examples[done].context) + examples[done].longest
             batch = examples[done : done + max(1, tokens // (ENDINGS * width))]
             losses = ending_losses(model, batch, precision)
@@ -208,8 +212,11 @@ def score(
             done += len(batch)
             bar.update(len(batch))
             bar.set_postfix_str(f"acc_norm {right_norm / done:.4f}")
+    right, right_norm, done, given_up = world.totals(right, right_norm, done, given_up)
+    if given_up:
+        return None
     acc, acc_norm = right / done, right_norm / done
-    return Score(done, acc, acc_norm, (acc_norm * (1 - acc_norm) / done) ** 0.5, cut)
+    return Score(int(done), acc, acc_norm, (acc_norm * (1 - acc_norm) / done) ** 0.5, cut)
 
 
 @torch.no_grad()

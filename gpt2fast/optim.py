@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from gpt2fast.distributed import ALONE, World, part, shard
+
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 
@@ -30,10 +32,15 @@ def adamw(
     betas: tuple[float, float] = BETAS,
     fused: bool = True,
     kernels: ModuleType | None = None,
-) -> "AdamW":
-    """`lr` is 0 until the training loop sets it, each step, from `learning_rate`. `kernels`: of ops.kernels."""
+    world: World = ALONE,
+) -> torch.optim.Optimizer:
+    """`lr` is 0 until the training loop sets it, each step, from `learning_rate`. `kernels`: of ops.kernels.
+
+    The ranks of `world` divide its state among them, by ZeRO-1.
+    """
     kind = AdamW if kernels is None else partial(TritonAdamW, kernels)
-    return kind(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=EPS, fused=fused)
+    make = kind if world.size == 1 else partial(shard, kind, world=world)
+    return make(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=EPS, fused=fused)
 
 
 class AdamW(torch.optim.AdamW):
@@ -96,7 +103,7 @@ class TritonAdamW(AdamW):
         super().__init__(*args, **options)
         self._step_supports_amp_scaling = False  # GradScaler's protocol
         self._kernels = kernels
-        self._table = kernels.ParameterTable(self.param_groups[0]["params"][0].device)
+        self._table = kernels.ParameterTable(self._weights()[0].device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -142,6 +149,9 @@ class TritonAdamW(AdamW):
                 holder.grad = holder.grad.contiguous()
             rows.append((holder.grad, weight, state["exp_avg"], state["exp_avg_sq"], self.copies.get(weight)))
         self._table.refresh(rows)
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [weight for group in self.param_groups for weight in group["params"]]
 
     def _with_gradients(self) -> Iterator[tuple[dict, Tensor, Tensor, dict[str, Tensor]]]:
         """(group, weight, whichever of weight and copy has the gradient, state)"""
@@ -199,7 +209,7 @@ def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
     norm = optimizer.gradient_norm() if isinstance(optimizer, TritonAdamW) else gradient_norm(gradients)
     shorten = (norm / longest).clamp(min=1.0)
     if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.grad_scale = shorten.float()
+        part(optimizer).grad_scale = shorten.float()
     else:
         torch._foreach_div_(gradients, shorten)
     return norm

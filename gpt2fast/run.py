@@ -101,6 +101,19 @@ class Metrics:
             self._writer.close()
 
 
+class NoMetrics:
+    """Of a rank that writes nothing."""
+
+    def write(self, row: dict) -> None:
+        pass
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
 def check_tensorboard() -> None:
     """UserError if TensorBoard is not installed."""
     _tensorboard_writer()
@@ -120,9 +133,12 @@ class Interrupt:
     `signal` is the number that came, or None. The loop asks between steps, and ends with a checkpoint. Within a
     step it asks `overdue`: a step that is not done `GRACE` seconds after the signal is given up, so that the
     checkpoint of the one before it is written before whoever sent the signal loses patience.
+
+    One Ctrl-C may come twice: from the terminal, which sends it to all its processes, and from torchrun.
     """
 
     GRACE = 5.0
+    ECHO = 1.0  # seconds
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
@@ -141,7 +157,7 @@ class Interrupt:
         return self.signal is not None and time.monotonic() - self._since > self.GRACE
 
     def _remember(self, number: int, _frame) -> None:
-        if self.signal == signal.SIGINT == number:
+        if self.signal == signal.SIGINT == number and time.monotonic() - self._since > self.ECHO:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()

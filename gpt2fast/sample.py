@@ -1,6 +1,8 @@
 """Text from a model: `python -m gpt2fast.sample out/nano --prompt "def"`, or with anybody's GPT-2 in place of a run."""
 
 import codecs
+import itertools
+import json
 import re
 import sys
 import time
@@ -16,6 +18,7 @@ from gpt2fast import ops, pretrained, tokenizer
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.decode import EVERY, Decoder, Sampling, generate
 from gpt2fast.device import Precision, pick_device, pick_precision, use_allowed_cores
+from gpt2fast.distributed import World, joined, one_complains
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.model import GPT, VOCAB_SIZE
 from gpt2fast.ops import Backend
@@ -165,13 +168,23 @@ def pieces(decoder: Decoder, seconds: dict[str, float], every: int) -> Iterator[
 def main(argv: Sequence[str]) -> None:
     import tyro
 
-    options = tyro.cli(
-        SampleConfig, args=argv, prog="python -m gpt2fast.sample", config=(tyro.conf.PositionalRequiredArgs,)
-    )
-    prompts, encoding = read_prompts(options), tokenizer.load(options.tokenizer_file)
     keep_freed_memory()
     use_allowed_cores()
-    device = pick_device(options.device)
+    with joined() as world:
+        with one_complains(world):
+            options = tyro.cli(
+                SampleConfig, args=argv, prog="python -m gpt2fast.sample", config=(tyro.conf.PositionalRequiredArgs,)
+            )
+        write(options, world)
+
+
+def write(options: SampleConfig, world: World) -> None:
+    """Print the texts, of which each rank writes some batches."""
+    if options.stream and world.size > 1:
+        raise UserError(f"--stream shows one text at a time, and {world.size} processes write: leave it out")
+    prompts = json.loads(world.share(json.dumps(read_prompts(options) if world.main else None)))
+    encoding = tokenizer.load(options.tokenizer_file)
+    device = pick_device(options.device, world)
     chosen = pretrained.implementations(options.source, device, options.backend)
     precision = pick_precision(options.precision, device, ops.interpreted(chosen))
     model, path = pretrained.load(options.source, device, options.backend)
@@ -182,25 +195,27 @@ def main(argv: Sequence[str]) -> None:
 
     seconds, written = {"prefill": 0.0, "decode": 0.0}, 0
     batch_size = options.batch_size or (1 if options.stream else BATCH)
-    for first in range(0, len(rows), batch_size):
-        batch = range(first, min(first + batch_size, len(rows)))
-        decoder = Decoder(
-            model, rows[batch.start : batch.stop], options.tokens, options.sampling, precision=precision,
-            seeds=[options.seed + i for i in batch], stop=tokenizer.EOT if options.stop else None,
-        )  # fmt: skip
+    for first in range(0, len(rows), batch_size * world.size):
+        batch = range(len(rows))[first + world.rank * batch_size :][:batch_size]
         texts: list[list[int]] = [[] for _ in batch]
-        if options.stream:
-            begin(first, prompts)
-            writer = Writer(encoding, sys.stdout)
-        for piece in pieces(decoder, seconds, 1 if options.stream else EVERY):
-            for text, new in zip(texts, piece.tolist()):
-                text += new
-                if options.stream:
-                    writer.write(until_end(new) if options.stop else new)
-        if options.stream:
-            writer.write([], final=True)
-            print()
-        for i, text in zip(batch, texts):
+        if batch:
+            decoder = Decoder(
+                model, rows[batch.start : batch.stop], options.tokens, options.sampling, precision=precision,
+                seeds=[options.seed + i for i in batch], stop=tokenizer.EOT if options.stop else None,
+            )  # fmt: skip
+            if options.stream:
+                begin(first, prompts)
+            writer = Writer(encoding, sys.stdout) if options.stream else None
+            for piece in pieces(decoder, seconds, 1 if writer else EVERY):
+                for text, new in zip(texts, piece.tolist()):
+                    text += new
+                    if writer:
+                        writer.write(until_end(new) if options.stop else new)
+            if writer:
+                writer.write([], final=True)
+                print()
+        hands = map(json.loads, world.gather(json.dumps(texts)))
+        for i, text in enumerate(itertools.chain.from_iterable(hands), first):
             text = until_end(text) if options.stop else text
             written += len(text)
             if not options.stream:

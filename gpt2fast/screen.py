@@ -26,6 +26,7 @@ def header(s: Session, source: str) -> str:
         precision += [f"residual stream {s.stream}"]
     precision += ["compiled" if s.compile else "not compiled"]
     precision += ["blocks recomputed in backward"] if c.recompute else []
+    ranks = f"{s.world.size} processes x " if s.world.size > 1 else ""
     expected = math.log(m.vocab_size)
     untrained = not s.step and c.init_from is None
     text = _table({
@@ -38,7 +39,7 @@ def header(s: Session, source: str) -> str:
         "tied head": f"one matrix for embedding and head saves {tied:,} parameters, {100 * tied / n:.0f}% of {n:,}",
         "data": f"{c.data} ({s.dataset.fingerprint}): {train:,} training tokens, {val:,} for validation",
         "entropy": f"{s.entropy:.3f} nats: the loss that knowing only token frequencies reaches",
-        "step": f"{c.total_batch:,} tokens = {c.accumulation} x B {c.batch_size} x T {c.seq_len}",
+        "step": f"{c.total_batch:,} tokens = {ranks}{s.accumulation} x B {c.batch_size} x T {c.seq_len}",
         "steps": f"{c.steps:,} = {c.steps * c.total_batch:,} tokens, {c.steps * c.total_batch / epoch:.2f} epochs",
         "first loss": f"{s.first_loss:.3f}" + (f" (ln {m.vocab_size} = {expected:.2f})" if untrained else ""),
         "expected": f"{clock(s.expected_seconds)} for {c.steps - s.step:,} steps",

@@ -5,15 +5,18 @@ So whatever cannot work (data, device, memory, a checkpoint that does not fit) i
 
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gpt2fast import auto, checkpoint, config, corpus, data, flops, hellaswag, ops, optim, pretrained, run, tokenizer
 from gpt2fast.config import TrainConfig
 from gpt2fast.data import Dataset, Loader
 from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_tf32
+from gpt2fast.distributed import ALONE, World, part
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.graph import GraphedStep
 from gpt2fast.hellaswag import Example
@@ -34,6 +37,7 @@ class Session:
     """
 
     config: TrainConfig
+    world: World
     device: torch.device
     precision: Precision
     compile: bool
@@ -57,6 +61,11 @@ class Session:
         return self.config.folder / "checkpoints"
 
     @property
+    def accumulation(self) -> int:
+        """Micro-batches in an optimizer step, of this process."""
+        return self.config.accumulation // self.world.size
+
+    @property
     def stream(self) -> Precision:
         """Dtype of the residual stream."""
         return self.precision if self.model.low_stream else "fp32"
@@ -67,11 +76,12 @@ class Session:
         return {
             "device": str(self.device),
             "device_name": device_name(self.device),
+            "ranks": self.world.size,
             "precision": self.precision,
             "residual": self.stream,
             "compile": self.compile,
             "cuda_graph": isinstance(self.take_step, GraphedStep),
-            "optimizer": "triton" if isinstance(self.take_step.optimizer, optim.TritonAdamW) else "torch",
+            "optimizer": "triton" if isinstance(part(self.take_step.optimizer), optim.TritonAdamW) else "torch",
             "ops": asdict(self.ops),
             "auto": self.times,
             "parameters": parameter_count(self.model),
@@ -80,22 +90,28 @@ class Session:
         }
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        return flops.mfu(tokens_per_second, self.config.model, self.config.seq_len, self.peak)
+        return flops.mfu(tokens_per_second / self.world.size, self.config.model, self.config.seq_len, self.peak)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of this process from `step` on."""
+        first = self.step * self.config.accumulation + self.world.rank
+        return self.train.batches(first, self.device, self.world.size)
 
 
-def prepare(c: TrainConfig) -> Session:
-    """UserError on anything that would stop the run later."""
-    device = pick_device(c.device)
+def prepare(c: TrainConfig, world: World = ALONE) -> Session:
+    """UserError on anything that would stop the run later. Every rank calls it."""
+    device = pick_device(c.device, world)
     precision = pick_precision(c.precision, device, ops.interpreted(c.implementations, c.optimizer))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    c = config.resolve(c, memory)
-    config.check(c)
+    c = config.resolve(c, memory, world.size)
+    config.check(c, world.size)
+    world.check_same(config.to_dict(c) | {"torch": torch.__version__, "device": device.type, "precision": precision})
     ops.build(c.implementations, device.type)
-    check_optimizer(c, device, precision)
+    check_optimizer(c, device, precision, world)
     ops.check_sizes(c.implementations, c.model.n_embd, c.model.n_embd // c.model.n_head)
     if c.tensorboard:
         run.check_tensorboard()
-    if not c.resume:
+    if not c.resume and world.main:
         run.check_free(c.folder)
     if c.sample_every:
         tokenizer.load(c.tokenizer_file)
@@ -108,7 +124,8 @@ def prepare(c: TrainConfig) -> Session:
     set_tf32(device, c.tf32)
     compiled = compiling_pays(c, device) if c.compile == "auto" else c.compile == "on"
     low = stream_is_low(c, device, precision)
-    choice = choose_ops(c, device, precision, compiled, low)
+    choice = choose_ops(c, device, precision, compiled, low) if world.main else None
+    choice = auto.from_json(world.share(auto.to_json(choice)))  # by the times of one GPU, or roundings would differ
     built = ops.build(choice.ops, device.type)
     model = GPT(c.model, built, c.seed, low_stream=low, recompute=c.recompute)
     if weights:
@@ -116,8 +133,10 @@ def prepare(c: TrainConfig) -> Session:
         del weights
     model.to(device)
     kernels = ops.kernels(device.type) if adamw_is_ours(c, choice.ops, device, precision) else None
+    world = world.on(device)
     s = Session(
         config=c,
+        world=world,
         device=device,
         precision=precision,
         compile=compiled,
@@ -131,16 +150,18 @@ def prepare(c: TrainConfig) -> Session:
         model=model,
         take_step=(GraphedStep if c.cuda_graph else TrainingStep)(
             model,
-            optim.adamw(model, c.weight_decay, (c.beta1, c.beta2), kernels=kernels),
+            optim.adamw(model, c.weight_decay, (c.beta1, c.beta2), kernels=kernels, world=world if c.zero else ALONE),
             precision=precision,
-            accumulation=c.accumulation,
+            accumulation=c.accumulation // world.size,
             grad_clip=c.grad_clip,
             compile=compiled,
+            world=world,
         ),
         peak=flops.peak_flops(device_name(device), precision, c.tf32),
     )
     if c.resume:
         load_checkpoint(s)
+    world.check_same({"step": s.step, "data_fingerprint": dataset.fingerprint})
     rehearse(s)
     return s
 
@@ -178,10 +199,12 @@ def stream_is_low(c: TrainConfig, device: torch.device, precision: Precision) ->
     return c.residual == "low" and precision != "fp32"
 
 
-def check_optimizer(c: TrainConfig, device: torch.device, precision: Precision) -> None:
+def check_optimizer(c: TrainConfig, device: torch.device, precision: Precision, world: World = ALONE) -> None:
     """UserError if --optimizer triton or --cuda-graph was asked for and cannot be had."""
     if c.cuda_graph and device.type != "cuda":
         raise UserError(f"--cuda-graph needs a CUDA GPU, and this run is on {device}: leave it out")
+    if c.cuda_graph and world.size > 1:
+        raise UserError(f"--cuda-graph records a step of one process, and these are {world.size}: leave it out")
     if c.cuda_graph and (c.optimizer == "torch" or precision == "fp16"):
         what = "fp16" if precision == "fp16" else "--optimizer torch"
         raise UserError(f"--cuda-graph records our own AdamW, which is not that of {what}: leave one of them out")
@@ -274,13 +297,11 @@ def rehearse(s: Session) -> None:
     """Compile the step, see that it fits into memory, time it, and look at the loss; the model stays as it is."""
     if s.compile:
         print("compiling the training step, which takes up to a minute ...", flush=True)
-    accumulation = s.config.accumulation
     try:
-        batch = next(s.train.batches(s.step * accumulation, s.device))
-        s.first_loss, seconds = s.take_step.rehearse(batch)
+        s.first_loss, seconds = s.take_step.rehearse(next(s.batches()))
     except torch.OutOfMemoryError:
         raise out_of_memory(s.config) from None
-    s.expected_seconds = (s.config.steps - s.step) * accumulation * seconds
+    s.expected_seconds = (s.config.steps - s.step) * s.accumulation * seconds
     if not math.isfinite(s.first_loss):
         raise UserError(f"the loss is {s.first_loss} at step {s.step + 1}: look at the data, or try --precision fp32")
 

@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches forward and backward, clipping, AdamW. Training and benchmarks both run this."""
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from gpt2fast import optim
 from gpt2fast.device import DTYPES, Precision, autocast
+from gpt2fast.distributed import ALONE, World, part
 from gpt2fast.model import GPT
 from gpt2fast.rounded import Rounded
 
@@ -38,7 +40,10 @@ def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Mo
 
 
 class TrainingStep:
-    """step(batches, lr) updates the model once and returns loss and gradient norm, without waiting for the device."""
+    """step(batches, lr) updates the model once and returns loss and gradient norm, without waiting for the device.
+
+    Of several ranks each takes `accumulation` batches of its own; gradients and loss are averaged once, at the end.
+    """
 
     def __init__(
         self,
@@ -50,20 +55,23 @@ class TrainingStep:
         grad_clip: float = 1.0,
         compile: bool = False,
         mode: str | None = None,
+        world: World = ALONE,
     ):
         self.model, self.optimizer = model, optimizer
-        self.precision, self.accumulation = precision, accumulation
+        self.precision, self.accumulation, self.world = precision, accumulation, world
         self.grad_clip = grad_clip or float("inf")
         self.device = model.wte.weight.device
         # for one micro-batch only where the optimizer rounds on its way: else the copies cost memory and save nothing
         on_its_way = precision == "bf16" and optim.takes_copies(optimizer, compile, accumulation)
         self.rounded = None
-        if on_its_way or (accumulation > 1 and precision != "fp32"):
+        # DDP must see the gradients where they are added up, so many ranks leave the rounding to autocast
+        on_its_way = on_its_way and world.size == 1
+        if on_its_way or (accumulation > 1 and precision != "fp32" and world.size == 1):
             self.rounded = Rounded(model, DTYPES[precision], keep_gradients=on_its_way and accumulation == 1)
         if isinstance(optimizer, optim.AdamW):
             optimizer.copies = dict(self.rounded.pairs) if on_its_way else {}
         forward = self.rounded.model if self.rounded else model
-        self.forward = compiled(forward, self.device, mode) if compile else forward
+        self.forward = world.replicate(compiled(forward, self.device, mode) if compile else forward)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -78,11 +86,13 @@ class TrainingStep:
         `give_up` is asked before each micro-batch; if it says yes, nothing is updated and the result is None.
         """
         total = torch.zeros((), device=self.device)
-        for _ in range(self.accumulation):
+        for left in reversed(range(self.accumulation)):
             if give_up():
-                self.optimizer.zero_grad(set_to_none=True)
+                self.forget_gradients()
                 return None
-            total += self.micro_batch(*next(batches))
+            with self.no_sync() if left else contextlib.nullcontext():
+                total += self.micro_batch(*next(batches))
+        self.world.mean_(total)
         self.set_rate(lr)
         return total, self.update()
 
@@ -91,6 +101,14 @@ class TrainingStep:
         loss = self.loss(x, y) / self.accumulation
         self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        """Forward and backward within add to this rank's gradients alone."""
+        return contextlib.nullcontext() if self.world.size == 1 else self.forward.no_sync()
+
+    def forget_gradients(self) -> None:
+        """Where DDP is, they lie in its buckets, and stay there."""
+        self.optimizer.zero_grad(set_to_none=self.world.size == 1)
 
     def set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -102,8 +120,8 @@ class TrainingStep:
         norm = optim.clip(self.optimizer, self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.grad_scale = None  # what clip left there
-        self.optimizer.zero_grad(set_to_none=True)
+        part(self.optimizer).grad_scale = None  # what clip left there
+        self.forget_gradients()
         if self.rounded and not getattr(self.optimizer, "copies", None):
             self.rounded.refresh()
         return norm
@@ -118,8 +136,9 @@ class TrainingStep:
         for _ in range(3):
             synchronize(self.device)
             start = time.perf_counter()
-            loss = self.loss(*batch)
-            loss.backward()
+            with self.no_sync():
+                loss = self.loss(*batch)
+                loss.backward()
             synchronize(self.device)
             seconds = time.perf_counter() - start
         self.optimizer.zero_grad(set_to_none=True)

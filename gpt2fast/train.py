@@ -4,6 +4,7 @@
 interrupted. The loop never waits for the device: losses stay there until they are shown.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -14,10 +15,11 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
-from gpt2fast import checkpoint, config, hellaswag, machine, optim, plot, run
+from gpt2fast import checkpoint, config, distributed, hellaswag, machine, optim, plot, run
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.config import TrainConfig
 from gpt2fast.device import autocast, use_allowed_cores
+from gpt2fast.distributed import ALONE, World
 from gpt2fast.errors import RunError, run_main
 from gpt2fast.evaluate import split_loss
 from gpt2fast.files import write_atomic
@@ -102,31 +104,41 @@ def validate(s: Session, interrupt: Interrupt) -> float | None:
     """Mean loss over `val_batches` micro-batches of the validation split, or all of it; None when interrupted."""
     if not s.config.val_batches:
         found = split_loss(
-            s.model, s.dataset.val, s.val.B, s.val.T, s.precision, give_up=lambda: bool(interrupt.signal)
-        )
+            s.model, s.dataset.val, s.val.B, s.val.T, s.precision,
+            give_up=lambda: bool(interrupt.signal), world=s.world,
+        )  # fmt: skip
         return found and found.loss
-    batches = s.val.batches(0, s.device)
-    losses = []
-    for _ in range(min(s.config.val_batches, s.val.batches_per_epoch)):
+    count = min(s.config.val_batches, s.val.batches_per_epoch)
+    batches = s.val.batches(s.world.rank, s.device, s.world.size)
+    losses = [torch.zeros((), device=s.device)]
+    for _ in range(s.world.rank, count, s.world.size):
         if interrupt.signal:
-            return None
+            break
         with autocast(s.device, s.precision):
             losses.append(s.model(*next(batches)))  # not the compiled one: it would be compiled again
-    return torch.stack(losses).mean().item()
+    total, given_up = s.world.totals(sum(torch.stack(losses).tolist()), bool(interrupt.signal))
+    return None if given_up else total / count
 
 
 def judge(s: Session, interrupt: Interrupt) -> hellaswag.Score | None:
     """HellaSwag's accuracies; None when interrupted."""
     tokens = s.config.batch_size * s.config.seq_len
-    return hellaswag.score(s.model, s.hellaswag, s.precision, tokens=tokens, give_up=lambda: bool(interrupt.signal))
-
-
-def sample(s: Session) -> str:
-    """A text that depends on the weights and (seed, step) alone."""
-    c = s.config
-    return sample_text(
-        s.model, c.prompt, c.sample_tokens, precision=s.precision, seed=c.seed + s.step, vocab_file=c.tokenizer_file
+    return hellaswag.score(
+        s.model, s.hellaswag, s.precision, tokens=tokens, give_up=lambda: bool(interrupt.signal), world=s.world
     )
+
+
+def sample(s: Session) -> list[str]:
+    """Texts that depend on the weights and (seed, step) alone; each rank writes its share of them."""
+    c = s.config
+    texts = [
+        sample_text(
+            s.model, c.prompt, c.sample_tokens, precision=s.precision, seed=c.seed + s.step + i,
+            vocab_file=c.tokenizer_file,
+        )
+        for i in range(s.world.rank, c.samples, s.world.size)
+    ]  # fmt: skip
+    return s.world.deal(texts, c.samples)
 
 
 def save(s: Session) -> None:
@@ -137,10 +149,12 @@ def save(s: Session) -> None:
         "data_fingerprint": s.dataset.fingerprint,
         "config": config.to_dict(s.config),
     }
-    checkpoint.save(s.checkpoints, s.step, s.model, s.take_step.optimizer, state, s.config.keep)
+    checkpoint.save(s.checkpoints, s.step, s.model, s.take_step.optimizer, state, s.config.keep, s.world)
 
 
 def draw(s: Session) -> None:
+    if not s.world.main:
+        return
     folder = s.config.folder
     title = f"{folder.name} on {s.dataset.name}"
     plot.loss_curve(run.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", title, s.entropy)
@@ -164,23 +178,23 @@ def events(s: Session, log: Log, interrupt: Interrupt) -> None:
     if due(c.hellaswag_every) and s.hellaswag and (found := judge(s, interrupt)):
         log.metrics.write({"step": s.step, "hellaswag": found.acc_norm, "hellaswag_acc": found.acc})
         log.screen.say(f"step {s.step}: HellaSwag acc_norm {found.acc_norm:.4f}, acc {found.acc:.4f}")
-    if due(c.sample_every) and not interrupt.signal:
-        text = sample(s)
-        log.metrics.write({"step": s.step, "sample": text})
-        log.screen.say(f"step {s.step}: sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+    if due(c.sample_every) and not s.world.any(interrupt.signal or 0):
+        for text in sample(s):
+            log.metrics.write({"step": s.step, "sample": text})
+            log.screen.say(f"step {s.step}: sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
     if due(c.checkpoint_every):
         save(s)
     log.start_clock()
 
 
 def loop(s: Session, log: Log, interrupt: Interrupt) -> None:
-    """Steps until the last, `stop_at` or a signal. Then there is a checkpoint of the last finished step."""
+    """Steps until the last, `stop_at` or a signal to any rank. Then there is a checkpoint of the last finished step."""
     c = s.config
-    batches = s.train.batches(s.step * c.accumulation, s.device)
+    batches = s.batches()
     end = min(c.steps, c.stop_at or c.steps)
-    while s.step < end and not interrupt.signal:
+    while s.step < end and not s.world.any(interrupt.signal or 0):
         lr = optim.learning_rate(s.step, peak=c.lr, floor=c.lr * c.lr_floor, warmup=c.warmup, total=c.steps)
-        done = s.take_step(batches, lr, interrupt.overdue)
+        done = s.take_step(batches, lr, lambda: bool(s.world.any(interrupt.overdue())))
         if done is None:
             break
         s.step += 1
@@ -202,28 +216,36 @@ def record(s: Session) -> dict[str, list]:
         was, now = old["resolved"]["ops"], row["resolved"]["ops"]
         if s.config.backend == "auto" and was != now:  # on another device, say: the run goes on, not bit for bit
             changed["auto"] = [was, now]
+        if (ranks := old["resolved"].get("ranks", 1)) != s.world.size:  # the same tokens, added up in another order
+            changed["processes"] = [ranks, s.world.size]
         row["resumes"] = [*old["resumes"], {"step": s.step, "date": row["machine"]["date"], "changed": changed}]
     write_atomic(path, json.dumps(row, indent=1))
     return changed
 
 
-def train(c: TrainConfig, source: str = "settings as given") -> int:
-    """Train. The exit code is 0, or 128 + the signal that ended it; UserError and RunError say what went wrong."""
-    s = prepare(c)
+def train(c: TrainConfig, source: str = "settings as given", world: World = ALONE) -> int:
+    """Train. The exit code is 0, or 128 + the signal that ended it; UserError and RunError say what went wrong.
+
+    Every rank of `world` calls it; rank 0 alone writes and prints.
+    """
+    s = prepare(c, world)
     c = s.config
-    with run.locked(c.folder):
-        if not c.resume:
+    with run.locked(c.folder) if world.main else contextlib.nullcontext():
+        if not c.resume and world.main:
             run.check_free(c.folder)  # prepare did, but only now can nobody else write here
         print(header(s, source), flush=True)
         try:
-            run.sweep(c.folder)
-            for name, (old, new) in record(s).items():
-                print(f"changed: {name} was {old} and is {new}", flush=True)
+            if world.main:
+                run.sweep(c.folder)
+                for name, (old, new) in record(s).items():
+                    print(f"changed: {name} was {old} and is {new}", flush=True)
             tensorboard = c.folder / "tensorboard" if c.tensorboard else None
             with (
                 Interrupt() as interrupt,
                 Screen(c.steps, s.step) as screen,
-                run.Metrics(c.folder / "metrics.jsonl", s.step, tensorboard) as metrics,
+                run.Metrics(c.folder / "metrics.jsonl", s.step, tensorboard)
+                if world.main
+                else run.NoMetrics() as metrics,
             ):
                 log = Log(s, metrics, screen)
                 loop(s, log, interrupt)
@@ -235,14 +257,17 @@ def train(c: TrainConfig, source: str = "settings as given") -> int:
                 f"cannot write {where} ({error.strerror}): free some space, then continue with --resume"
             ) from None
     print(summary(s, log.loss, log.val_loss, log.speed))
-    return 128 + interrupt.signal if interrupt.signal else 0
+    number = world.any(interrupt.signal or 0)
+    return 128 + number if number else 0
 
 
 def main(argv: Sequence[str]) -> int:
     keep_freed_memory()
     use_allowed_cores()
-    settings, source = config.parse(argv, "gpt2" if torch.cuda.is_available() else "nano")
-    return train(settings, source)
+    with distributed.joined() as world:
+        with distributed.one_complains(world):
+            settings, source = config.parse(argv, "gpt2" if torch.cuda.is_available() else "nano")
+        return train(settings, source, world)
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def test_a_folder_with_other_files_is_refused(folder):
 def test_a_run_that_appears_while_this_one_gets_ready_is_not_mixed_with_it(folder, monkeypatch):
     c = tiny.config(folder)
 
-    def prepare(config):
-        s = real(config)
+    def prepare(config, world):
+        s = real(config, world)
         c.folder.mkdir(parents=True)
         (c.folder / "config.json").write_text("another's")
         return s

@@ -14,7 +14,7 @@ ARROWS = {
     "allocator": "",
     "auto": "device errors files measure ops",
     "cache": "model",
-    "checkpoint": "errors files model",
+    "checkpoint": "distributed errors files model",
     "config": "corpus errors model ops",
     "containers": "errors",
     "corpora": "download errors sources",
@@ -22,18 +22,19 @@ ARROWS = {
     "cpu": "reference",
     "data": "errors",
     "decode": "cache device graph model reference rounded",
-    "device": "errors",
+    "device": "distributed errors",
     "encoding": "sources tokenizer",
+    "distributed": "errors",
     "errors": "",
     "download": "errors",
-    "evaluate": "allocator config data device errors files flags hellaswag machine model ops pretrained reference "
-    "session",
+    "evaluate": "allocator config data device distributed errors files flags hellaswag machine model ops pretrained "
+    "reference session",
     "export": "errors files huggingface layout llmc model pretrained run tokenizer weights",
     "files": "",
     "flags": "",
     "flops": "model",
     "graph": "model optim step",
-    "hellaswag": "data device download errors model reference tokenizer",
+    "hellaswag": "data device distributed download errors model reference tokenizer",
     "huggingface": "containers errors model",
     "inspect": "checkpoint config errors evaluate pictures plot pretrained session weights",
     "kernels": "kernels",  # its own files
@@ -45,7 +46,7 @@ ARROWS = {
     "nanogpt": "containers errors layout model",
     "openai": "errors model",
     "ops": "cpu errors kernels reference",
-    "optim": "",
+    "optim": "distributed",
     "pictures": "model",
     "plot": "files",
     "prepare": "corpora encoding errors files flags model shards tokenizer",
@@ -53,16 +54,16 @@ ARROWS = {
     "reference": "",
     "rounded": "model",
     "run": "errors files",
-    "sample": "allocator decode device errors model ops pretrained tokenizer",
+    "sample": "allocator decode device distributed errors model ops pretrained tokenizer",
     "screen": "device model session",
-    "session": "auto checkpoint config corpus data device errors flops graph hellaswag measure model ops optim "
-    "pretrained run step tokenizer weights",
+    "session": "auto checkpoint config corpus data device distributed errors flops graph hellaswag measure model ops "
+    "optim pretrained run step tokenizer weights",
     "shards": "data errors files model sources",
     "sources": "errors",
-    "step": "device model optim rounded",
+    "step": "device distributed model optim rounded",
     "tokenizer": "errors",
-    "train": "allocator checkpoint config device errors evaluate files hellaswag machine optim plot run sample screen "
-    "session",
+    "train": "allocator checkpoint config device distributed errors evaluate files hellaswag machine optim plot run "
+    "sample screen session",
     "weights": "containers errors huggingface layout llmc model nanogpt openai",
 }
 
