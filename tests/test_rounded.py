@@ -91,7 +91,7 @@ def with_copies():
 
 
 def test_adamw_that_rounds_on_its_way_is_torchs():
-    """Weights and moments after a step; and the losses of four more, in which last bits of weights round to other copies.
+    """Weights and moments after a step; and the losses of four more, in which last bits make copies round otherwise.
 
     Not the norms: on a CPU with other bf16 instructions they differ by 1.4e-3, a third of bf16's precision.
     """
