@@ -104,7 +104,7 @@ def validate(s: Session, interrupt: Interrupt) -> float | None:
         found = split_loss(
             s.model, s.dataset.val, s.val.B, s.val.T, s.precision, give_up=lambda: bool(interrupt.signal)
         )
-        return found and found.loss
+        return found.loss if found else None
     batches = s.val.batches(0, s.device)
     losses = []
     for _ in range(min(s.config.val_batches, s.val.batches_per_epoch)):
@@ -194,7 +194,7 @@ def loop(s: Session, log: Log, interrupt: Interrupt) -> None:
 def record(s: Session) -> dict[str, list]:
     """Write config.json, with one more entry in its list of resumes if this is one; what that one changed."""
     path = s.config.folder / "config.json"
-    row = {"config": config.to_dict(s.config), "resolved": s.resolved, "machine": machine.record(), "resumes": []}
+    row: dict = {"config": config.to_dict(s.config), "resolved": s.resolved, "machine": machine.record(), "resumes": []}
     changed = {}
     if s.config.resume:
         old = json.loads(path.read_text())
