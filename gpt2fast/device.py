@@ -38,7 +38,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device, interpreted: bool = False) -> Precision:
+def pick_precision(name: Precision | Literal["auto"], device: torch.device, interpreted: bool = False) -> Precision:
     """ "auto": bf16 where the matrix units do it, fp16 on a CUDA GPU that lacks it, else fp32.
 
     `interpreted`: some kernels run in Triton's interpreter, which computes bf16 wrongly.
