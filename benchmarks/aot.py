@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -167,7 +168,7 @@ class Compiled:
     """What a launch would have run. `shared`: bytes that a block asks for; `metadata`: Triton's, all options in it."""
 
     kernel: str
-    asm: dict[str, str | bytes]
+    asm: dict[str, Any]  # stages in text, and the cubin's bytes
     shared: int
     num_warps: int
     num_stages: int
@@ -268,8 +269,8 @@ def case_rows(name: str, arch: int) -> list[dict]:
     for one in compiled:
         if one.asm["cubin"] not in rows:
             settings = {"kernel": one.kernel, "num_warps": one.num_warps, "num_stages": one.num_stages, "launches": 0}
-            wanted = {"tensor_cores": any(part in one.kernel for part in case.tensor_cores)}
-            rows[one.asm["cubin"]] = common | settings | wanted | inspect(one, arch)
+            cores = {"tensor_cores": any(part in one.kernel for part in case.tensor_cores)}
+            rows[one.asm["cubin"]] = common | settings | cores | inspect(one, arch)
         rows[one.asm["cubin"]]["launches"] += 1
     wanted = case.tensor_cores or ("",)
     errors += [f"launched no *{part}* kernel" for part in wanted if not any(part in one.kernel for one in compiled)]
@@ -283,6 +284,7 @@ def compile_apart(arch: int, names: Sequence[str]) -> list[dict]:
     while left:
         command = [sys.executable, "-m", "benchmarks.aot", "--only", str(arch), "--case", *left]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=harness.ROOT) as process:
+            assert process.stdout, "a pipe"
             for line in process.stdout:  # a case
                 left.pop(0)
                 rows += json.loads(line)

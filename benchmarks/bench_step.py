@@ -13,7 +13,7 @@ from gpt2fast import optim
 from gpt2fast.device import pick_device
 from gpt2fast.errors import UserError
 from gpt2fast.model import EPS, GPT, SIZES
-from gpt2fast.ops import NAMES, OpsConfig, build, interpreted
+from gpt2fast.ops import NAMES, Backend, OpsConfig, build, interpreted
 from gpt2fast.step import TrainingStep, synchronize
 
 B, T, C, H, V = 4, 256, 768, 12, 50304
@@ -22,7 +22,7 @@ DEVICE = pick_device()
 
 def inputs(op: str) -> tuple[list[torch.Tensor], list]:
     """Floating-point inputs in gpt2's width, and the other arguments."""
-    shapes, others = {
+    arguments: dict[str, tuple[list, list]] = {
         "embedding": ([(V, C), (T, C)], [torch.randint(50257, (B, T), device=DEVICE), torch.bfloat16]),
         "layer_norm": ([(B * T, C), (C,), (C,)], [EPS]),
         "add_layer_norm": ([(B * T, C), (B * T, C), (C,), (C,)], [EPS]),
@@ -30,11 +30,12 @@ def inputs(op: str) -> tuple[list[torch.Tensor], list]:
         "mlp": ([(B * T, C), (4 * C, C), (4 * C,), (C, 4 * C), (C,)], []),
         "linear": ([(B * T, C), (3 * C, C), (3 * C,)], []),
         "linear_cross_entropy": ([(B * T, C), (V, C)], [torch.randint(50257, (B * T,), device=DEVICE), 50257]),
-    }[op]
+    }
+    shapes, others = arguments[op]
     return [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes], others
 
 
-def backend(name: str):
+def backend(name: Backend):
     if interpreted(OpsConfig().with_backend(name)):
         pytest.skip("the time of Triton's interpreter says nothing")
     try:

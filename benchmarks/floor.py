@@ -183,9 +183,9 @@ HEAD = ["group", "work", "floor ms", "ours, counted ms", "measured ms", "missing
 
 
 def total(made: Sequence[Line]) -> Line:
-    measured = None if made[0].measured is None else sum(line.measured for line in made)
-    sums = (sum(getattr(line, name) for line in made) for name in ("flops", "bytes", "floor", "counted"))
-    return Line("step", *sums, measured)
+    flops, bytes, floor, counted = (sum(column) for column in list(zip(*made))[1:5])
+    measured = None if made[0].measured is None else sum(line.measured or 0.0 for line in made)
+    return Line("step", flops, bytes, floor, counted, measured)
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ from benchmarks import harness, textbook
 from gpt2fast import machine, ops
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.decode import Sampling, generate
-from gpt2fast.device import DTYPES, autocast, device_name, pick_device, pick_precision
+from gpt2fast.device import DTYPES, Precision, autocast, device_name, pick_device, pick_precision
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.model import GPT, SIZES
 from gpt2fast.step import synchronize
@@ -36,7 +36,7 @@ class Work:
     B: int  # texts at once
     prompt: int  # tokens
     tokens: int  # to write
-    precision: str
+    precision: Precision
     device: str
 
 
@@ -45,10 +45,10 @@ def writer(name: str, model: GPT, work: Work, device: torch.device) -> Callable[
     if name == OURS:
         greedy = Sampling(temperature=0)
         return lambda idx: generate(model, idx, work.tokens, greedy, precision=work.precision)
-    theirs = textbook.hugging_face(model, cache=True).model.to(device).eval()
+    theirs = textbook.hugging_face(model, cache=True).to(device).model.eval()
     if name == ROUNDED:
         theirs = theirs.to(DTYPES[work.precision])
-    options = {"max_new_tokens": work.tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
+    options: dict = {"max_new_tokens": work.tokens, "do_sample": False, "use_cache": True, "eos_token_id": None}
     padding = list(range(model.config.vocab_size, model.config.padded_vocab_size))  # never written
     options |= {"pad_token_id": 0, **({"suppress_tokens": padding} if padding else {})}
 
@@ -87,7 +87,8 @@ def measure(name: str, work: Work, device: torch.device) -> dict:
 
 
 def run_all(work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
-    record, rows = machine.record(), []
+    record = machine.record()
+    rows: list[dict] = []
     for repetition in range(options.repetitions):
         for name in NAMES[: 2 if work.precision == "fp32" else 3]:
             print(f"{repetition + 1}/{options.repetitions}  {name} ...", end=" ", flush=True)

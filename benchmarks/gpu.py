@@ -139,7 +139,7 @@ def best_of_ours(rows: Sequence[dict]) -> Rung:
     ran = [row for row in rows if row["suite"] == "ladder" and row["status"] == "ok" and row["rung"] in KNOWN]
     speeds = {KNOWN[row["rung"]]: row["tokens_per_s"]["median"] for row in ran}
     ours = [rung for rung in speeds if rung.backend == "triton" and not rung.cuda_graph]
-    return max(ours, key=speeds.get, default=ALL)
+    return max(ours, key=speeds.__getitem__, default=ALL)
 
 
 def swaps(options: argparse.Namespace, device: torch.device) -> None:

@@ -114,14 +114,14 @@ def run_apart(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
+    everything = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
     start = time.monotonic()
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, args)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=everything,
             start_new_session=True,
         )
         try:

@@ -130,7 +130,7 @@ def _cross_entropy(x: Tensor, targets: Tensor, ignore_index: int, vocab_size: in
 
 def providers(case: Case, device: torch.device) -> dict[str, Callable]:
     """Who computes it: name -> function of the inputs. eager comes first: the others are judged by it."""
-    found = {"eager": case.fn, "compile": torch.compile(case.fn, dynamic=False)}
+    found: dict[str, Callable] = {"eager": case.fn, "compile": torch.compile(case.fn, dynamic=False)}
     if case.op == "attention":
         found |= {f"sdpa {name}": partial(_sdpa, backend) for name, backend in SDPA.items() if device.type == "cuda"}
     if device.type == "cuda" and find_spec("liger_kernel") and case.op in LIGER:
@@ -164,7 +164,7 @@ def _liger_linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_siz
     return liger_fused_linear_cross_entropy(x, w[:vocab_size], targets)
 
 
-LIGER = {
+LIGER: dict[str, Callable] = {
     "layer_norm": _liger_layer_norm,
     "cross_entropy": _liger_cross_entropy,
     "linear_cross_entropy": _liger_linear_cross_entropy,

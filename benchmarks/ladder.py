@@ -79,9 +79,9 @@ def timed(
     losses: list[torch.Tensor] = []
 
     def step() -> None:
-        loss, _ = take_step(batches, LEARNING_RATE)
-        if len(losses) < LOSSES:
-            losses.append(loss)
+        done = take_step(batches, LEARNING_RATE)
+        if done and len(losses) < LOSSES:
+            losses.append(done[0])
 
     start = time.perf_counter()
     for _ in range(max(options.warmup, LOSSES)):
@@ -117,7 +117,7 @@ def climb(options: argparse.Namespace, device: torch.device, path: Path) -> list
     """Run each rung in its own process; the rows, which are in `path` as soon as they exist, in the rungs' order."""
     record = machine.record()
     settings = {"size": options.size, "B": options.batch_size, "T": options.seq_len, "data": "seeded random ids"}
-    rows = []
+    rows: list[dict] = []
     end = time.monotonic() + options.budget
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda name: apart(name, options, device, end, Path(folder)), options.rungs)

@@ -23,7 +23,7 @@ import torch
 from benchmarks import harness
 from gpt2fast import machine, run
 from gpt2fast.config import PRESETS, TrainConfig
-from gpt2fast.device import device_name, pick_device
+from gpt2fast.device import Precision, device_name, pick_device
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.ops import NAMES, OpsConfig
 
@@ -41,7 +41,10 @@ class Option:
     cuda: bool = False  # makes no sense elsewhere
 
 
-OPTIONS = {name: Option({"ops": OpsConfig(**{name: "triton"})}, triton=True) for name in NAMES}
+OPTIONS = {
+    name: Option({"ops": OpsConfig(**{name: "triton"})}, triton=True)  # type: ignore[arg-type]  # an op's name
+    for name in NAMES
+}
 OPTIONS |= {
     "epilogue": Option({"ops": OpsConfig(mlp="epilogue")}, triton=True),
     "optimizer": Option({"optimizer": "triton"}, triton=True),
@@ -54,11 +57,11 @@ OPTIONS |= {
 }
 
 
-def precision(option: Option, device: torch.device) -> str:
+def precision(option: Option, device: torch.device) -> Precision:
     return "fp32" if option.triton and device.type == "cpu" else "bf16"
 
 
-def settings(option: Option, seed: int, precision: str, options: argparse.Namespace, out: Path) -> TrainConfig:
+def settings(option: Option, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> TrainConfig:
     """nano, with nothing between its steps."""
     nano = replace(
         PRESETS["nano"], batch_size=options.batch_size, total_batch=options.batch_size * PRESETS["nano"].seq_len,
@@ -69,7 +72,7 @@ def settings(option: Option, seed: int, precision: str, options: argparse.Namesp
     return replace(nano, **option.changes)
 
 
-def one(name: str, seed: int, precision: str, options: argparse.Namespace, out: Path) -> None:
+def one(name: str, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> None:
     """A run in this process; its losses as JSON into `out`."""
     from gpt2fast.train import train
 

@@ -29,7 +29,7 @@ from benchmarks.ladder import LEARNING_RATE, LOSSES, agrees, describe, endless_b
 from gpt2fast import auto, flops, machine, ops, optim, session
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.config import TrainConfig
-from gpt2fast.device import autocast, device_name, pick_device, pick_precision, set_tf32, use_allowed_cores
+from gpt2fast.device import Precision, autocast, device_name, pick_device, pick_precision, set_tf32, use_allowed_cores
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, SIZES, GPTConfig
@@ -70,7 +70,7 @@ class Work:
     size: str
     B: int
     T: int
-    precision: str
+    precision: Precision
     device: str
 
 
@@ -95,7 +95,7 @@ def their_step(peer: Peer, ours: GPT, work: Work, device: torch.device) -> Calla
     return step
 
 
-def our_step(peer: Peer, model: GPT, choice: OpsConfig, work: Work, device: torch.device) -> TrainingStep:
+def our_step(peer: Peer, model: GPT, choice: OpsConfig, work: Work, device: torch.device) -> Callable:
     compile, mode = peer.mode != "eager", MAX_AUTOTUNE if peer.mode == "max-autotune" else None
     ours = session.adamw_is_ours(TrainConfig(), choice, device, work.precision)
     optimizer = optim.adamw(model, 0.1, kernels=ops.kernels(device.type) if ours else None)
@@ -115,10 +115,11 @@ def refusal(peer: Peer, device: torch.device) -> str | None:
 
 def chosen(config: GPTConfig, work: Work, device: torch.device) -> tuple[OpsConfig, dict]:
     """What `--backend auto` takes in a compiled step; the same as plain strings, for the row."""
-    shape = {"C": config.n_embd, "H": config.n_head, "V": config.padded_vocab_size, "vocab_size": config.vocab_size}
-    how = {"precision": work.precision, "tf32": True, "compiled": True}
-    low = session.stream_is_low(TrainConfig(), device, work.precision)
-    load = Workload(B=work.B, T=work.T, **shape, **how, low_stream=low)
+    load = Workload(
+        B=work.B, T=work.T, C=config.n_embd, H=config.n_head, V=config.padded_vocab_size, vocab_size=config.vocab_size,
+        precision=work.precision, tf32=True, compiled=True,
+        low_stream=session.stream_is_low(TrainConfig(), device, work.precision),
+    )  # fmt: skip
     choice = auto.pick(OpsConfig(), load, device).ops
     return choice, asdict(choice)
 
@@ -132,7 +133,7 @@ def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: in
         keep_freed_memory()
     config = replace(SIZES[work.size], block_size=max(work.T, SIZES[work.size].block_size))
     set_tf32(device, True)
-    choice = OpsConfig().with_backend(peer.peer if peer.peer == "triton" else "torch")
+    choice = OpsConfig().with_backend("triton" if peer.peer == "triton" else "torch")
     row = {}
     try:
         if peer.peer == "auto":
@@ -167,7 +168,8 @@ def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: in
 
 def run_all(names: Sequence[str], work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
     """Each peer in its own process, all of them in turn, again and again."""
-    record, rows = machine.record(), []
+    record = machine.record()
+    rows: list[dict] = []
     end = time.monotonic() + options.budget
     hopeless: set[str] = set()  # what was skipped once will be again
     for repetition in range(options.repetitions):

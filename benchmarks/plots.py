@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,17 +25,14 @@ KEY = "Description"  # of a PNG's text, where the fingerprint is
 # One step of gpt2 in bf16, counted at an H200's ceilings
 FLOOR_SHAPE, FLOOR_GPU = {"size": "gpt2", "B": 64, "T": 1024}, "H200"
 FLOOR = {
-    kind: round(ms, 1)
-    for kind, ms in floor.kinds(
-        floor.parts(SIZES[FLOOR_SHAPE["size"]], FLOOR_SHAPE["B"], FLOOR_SHAPE["T"]), floor.Ceilings()
-    ).items()
+    kind: round(ms, 1) for kind, ms in floor.kinds(floor.parts(SIZES["gpt2"], B=64, T=1024), floor.Ceilings()).items()
 }
 
 
 @dataclass(frozen=True)
 class Plot:
-    data: Callable[[Path], list | dict]  # of the folder of results
-    draw: Callable[[list | dict], Figure]
+    data: Callable[[Path], Any]  # of the folder of results: lists and dictionaries
+    draw: Callable[[Any], Figure]
 
 
 def fingerprint(data: list | dict) -> str:

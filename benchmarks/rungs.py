@@ -8,6 +8,7 @@ swaps    torch's best with a single op of ours
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ COMPILE = replace(BF16, name="compile", compile=True)
 FUSED = replace(COMPILE, name="fused", fused=True)
 TRITON = replace(FUSED, name="triton", backend="triton", embedding="torch")
 CLIMB = {rung.name: rung for rung in (FP32, ALLOCATOR, TF32, BF16, COMPILE, FUSED, TRITON)}
-OPTIONS = {  # of ours: a new one is a line
+OPTIONS: dict[str, dict[str, Any]] = {  # of ours: a new one is a line
     "embedding": {"embedding": "triton"},
     "residual": {"low_stream": True},
     "epilogue": {"mlp": "epilogue"},

@@ -85,8 +85,8 @@ def cases(tokens: int, T: int, size: str, device: torch.device) -> dict[str, ker
     def each(*makers: Callable) -> Callable[[torch.device], list[Tensor]]:
         return lambda device: [make(device=device) for make in makers]
 
-    def add(op: str, fn: Callable | None, inputs: Callable, others: tuple = ()) -> None:
-        found[op] = kernels.Case(op, size, {"M": tokens, "C": C}, fn, inputs, others)
+    def add(op: str, fn: Callable | None, inputs: Callable, others: tuple = ()) -> None:  # AdamW has no fn
+        found[op] = kernels.Case(op, size, {"M": tokens, "C": C}, fn, inputs, others)  # type: ignore[arg-type]
 
     fc, proj = (partial(normal, *shape, scale=C**-0.5) for shape in ((4 * C, C), (C, 4 * C)))
     add("mlp", reference.mlp, each(partial(normal, tokens, C), fc, partial(normal, 4 * C), proj, partial(normal, C)))

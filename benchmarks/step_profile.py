@@ -38,12 +38,11 @@ def measure(rung: Rung, size: str, B: int, T: int, device: torch.device, steps: 
     """Profile `steps` training steps of this rung. On the CPU (for tests) ops take the place of kernels."""
     common = {"backend": rung.backend, "rung": rung.name, "size": size, "B": B, "T": T, "compile": rung.compile}
     try:
-        why = refusal(rung, device)
-        take_step = None if why else training_step(rung, size, T, device)
+        if why := refusal(rung, device):
+            raise UserError(why)
+        take_step = training_step(rung, size, T, device)
     except UserError as error:
-        why = str(error)
-    if why:
-        return common | {"status": "skipped", "why": why}
+        return common | {"status": "skipped", "why": str(error)}
     batches = ladder.endless_batches(take_step.model.config.vocab_size, B, T, device)
     for _ in range(3):
         take_step(batches, ladder.LEARNING_RATE)

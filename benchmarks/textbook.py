@@ -89,7 +89,7 @@ class HuggingFace(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        settings = GPT2Config(
+        settings = GPT2Config(  # type: ignore[call-arg]  # transformers' types leave out what its base takes
             vocab_size=config.padded_vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
             n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
             bos_token_id=0, eos_token_id=0, use_cache=cache, tie_word_embeddings=True, attn_implementation="sdpa",
@@ -127,7 +127,7 @@ def liger(ours: GPT) -> nn.Module:
         h = body(idx).last_hidden_state.flatten(0, 1)
         return loss(theirs.model.lm_head.weight, h, targets.flatten())
 
-    theirs.forward = forward
+    theirs.forward = forward  # type: ignore[method-assign]
     return theirs
 
 

@@ -152,7 +152,8 @@ def compile_share(
 ) -> dict[tuple[str, str], str]:
     """In a process, and in another one where that was the end of it: whatever it was at is what failed."""
     folder.mkdir()
-    bad, left, out = {}, list(share), folder / "done.jsonl"
+    bad: dict[tuple[str, str], str] = {}
+    left, out = list(share), folder / "done.jsonl"
     while left:
         out.write_text("")
         (folder / "left.json").write_text(json.dumps(left))

@@ -58,7 +58,8 @@ def choose(
     measure: Callable[[str, Sequence[str]], dict[str, Result]],
 ) -> Choice:
     """Fill what `config` leaves open. measure(op, candidates) times them together; one candidate is not measured."""
-    chosen, results = {}, {}
+    chosen: dict = {}
+    results: dict[str, dict[str, Result]] = {}
     for op, given in asdict(config).items():
         if given is None and len(candidates[op]) > 1:
             results[op] = measure(op, candidates[op])
@@ -78,7 +79,8 @@ def pick(config: OpsConfig, work: Workload, device: torch.device, say: Callable[
     found = candidates(work, device, say)
     several = any(given is None and len(found[op]) > 1 for op, given in asdict(config).items())
     key, cache = (cache_key(work, environment(device)), load_cache(say)) if several else ("", {})
-    known, new = cache.get(key, {}), {}
+    known = cache.get(key, {})
+    new: dict[str, dict[str, Result]] = {}
 
     def measure(op: str, names: Sequence[str]) -> dict[str, Result]:
         if set(names) <= set(known.get(op, ())):
@@ -92,7 +94,10 @@ def pick(config: OpsConfig, work: Workload, device: torch.device, say: Callable[
         return new[op]
 
     choice = choose(config, found, measure)
-    whole = {op: results for op, results in new.items() if not any(isinstance(ms, str) for ms in results.values())}
+    whole: Times = {}
+    for op, results in new.items():
+        times = {name: ms for name, ms in results.items() if not isinstance(ms, str)}
+        whole |= {op: times} if len(times) == len(results) else {}
     if whole:  # a candidate that failed is tried again next time
         cache.pop(key, None)
         save_cache(cache | {key: known | whole}, say)
@@ -103,7 +108,8 @@ def pick(config: OpsConfig, work: Workload, device: torch.device, say: Callable[
 
 def recall(config: OpsConfig, chosen: Mapping[str, str], device: str) -> OpsConfig | None:
     """Fill what `config` leaves open by an earlier choice; None where that cannot be built, or would be interpreted."""
-    filled = replace(config, **{op: chosen.get(op, "torch") for op, given in asdict(config).items() if given is None})
+    earlier: dict = {op: chosen.get(op, "torch") for op, given in asdict(config).items() if given is None}
+    filled = replace(config, **earlier)
     try:
         ops.build(filled, device)
     except UserError:
@@ -120,7 +126,7 @@ def candidates(work: Workload, device: torch.device, say: Callable[[str], None])
     for op, names in found.items():
         names += [] if work.compiled else ["compiled"]
         for name in ("triton", "epilogue") if op == "mlp" else ("triton",):
-            ours = OpsConfig(**{op: name})
+            ours = OpsConfig(**{op: name})  # type: ignore[arg-type]  # names are Implementations
             try:
                 ops.build(ours, device.type)
                 ops.check_sizes(ours, work.C, work.C // work.H)
@@ -148,7 +154,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def cache_key(work: Workload, environment: Mapping[str, str]) -> str:
     """One line that a person can read."""
-    return ", ".join(f"{name} {value}" for name, value in (environment | asdict(work)).items())
+    return ", ".join(f"{name} {value}" for name, value in ({**environment, **asdict(work)}).items())
 
 
 def cache_file() -> Path:

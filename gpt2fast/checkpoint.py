@@ -174,10 +174,10 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _rng_state() -> dict:
     """Training itself draws only from generators that are functions of (seed, step); a fork's dropout may not."""
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # a dictionary only if asked for
     return {
         "python": [version, list(numbers), gauss],
-        "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _to_hex(torch.get_rng_state()),
         "cuda": [_to_hex(torch.cuda.get_rng_state())] if torch.cuda.is_available() else [],  # of this process's GPU
         "mps": _to_hex(torch.mps.get_rng_state()) if torch.backends.mps.is_available() else None,

@@ -132,6 +132,7 @@ class TrainConfig:
     @property
     def accumulation(self) -> int:
         """Micro-batches in an optimizer step, of all processes together."""
+        assert self.batch_size is not None, "resolve puts a value where None stood"
         return self.total_batch // (self.batch_size * self.seq_len)
 
 
@@ -192,6 +193,8 @@ def resolve(config: TrainConfig, memory: int | None, ranks: int = 1) -> TrainCon
 def check(config: TrainConfig, ranks: int = 1) -> None:
     """UserError on settings that cannot work together. They must be resolved."""
     c = config
+    assert c.batch_size is not None
+    assert c.warmup is not None
     positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "samples", "sample_tokens", "keep"]
     natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
     natural += ["val_every", "val_batches", "hellaswag_every", "sample_every", "checkpoint_every"]

@@ -43,7 +43,7 @@ def read_pickle(path: Path) -> dict:
         ) from None
     if not isinstance(stored, Mapping):
         raise UserError(f"{path} holds a {type(stored).__name__}: a state_dict is needed")
-    return stored
+    return dict(stored)
 
 
 def check_tensors(values: Mapping, path: Path) -> None:

@@ -142,6 +142,8 @@ def _single(name: str, corpus: Corpus, stand_in: Path | None, suffixes: Sequence
     def read(folder: Path, start: int, _state: dict | None) -> Reading:
         path = file or folder / "download.txt"
         if not file:
+            assert corpus.url
+            assert corpus.sha256
             by_hand = f"Fetch it by hand, then run: python -m gpt2fast.prepare {name} --from input.txt"
             download(corpus.url, path, corpus.sha256, by_hand)
         text, _ = load(path)
@@ -150,7 +152,8 @@ def _single(name: str, corpus: Corpus, stand_in: Path | None, suffixes: Sequence
         cut = int(len(text) * 0.9)
         return iter([Piece(text[:cut], True), Piece(text[cut:], False, val=True)][start:]), lambda: None
 
-    file, digest, about = None, corpus.sha256, {"url": corpus.url}
+    file, digest = None, corpus.sha256
+    about: dict = {"url": corpus.url}
     if stand_in:
         files = sources.find([stand_in], suffixes)
         if len(files) > 1:
@@ -161,7 +164,8 @@ def _single(name: str, corpus: Corpus, stand_in: Path | None, suffixes: Sequence
 
 
 def _hub(name: str, corpus: Corpus, field: str) -> Source:
-    repository = corpus.hub["path"]
+    hub = corpus.hub or {}
+    repository = hub["path"]
     by_hand = (
         f"fetch its files by hand: hf download {repository} --repo-type dataset --include '{corpus.files}/*.parquet' "
         f"--local-dir downloads, then run: python -m gpt2fast.prepare {name} --from downloads/{corpus.files}"
@@ -175,7 +179,7 @@ def _hub(name: str, corpus: Corpus, field: str) -> Source:
 
     def read(_folder: Path, start: int, state: dict | None) -> Reading:
         with _hub_errors(repository, by_hand):
-            dataset = load_dataset(**corpus.hub, split="train", streaming=True)
+            dataset = load_dataset(**hub, split="train", streaming=True)
             if state is not None:
                 dataset.load_state_dict(state)
         return pieces(dataset, start), dataset.state_dict

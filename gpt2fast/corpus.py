@@ -48,7 +48,7 @@ def tokens(vocab_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
             "source; train on your own text (python -m gpt2fast.prepare PATH --out DIR, then --data DIR)"
         )
     encoded = tokenizer.load(vocab_file).encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-    splits = [[], []]
+    splits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for i, document in enumerate(encoded):
-        splits[i % VAL_EVERY == VAL_EVERY - 1] += [np.array([tokenizer.EOT, *document], dtype=np.uint16)]
+        splits[i % VAL_EVERY == VAL_EVERY - 1].append(np.array([tokenizer.EOT, *document], dtype=np.uint16))
     return np.concatenate(splits[0]), np.concatenate(splits[1])

@@ -197,7 +197,7 @@ def _(do, qkv, o, lse, n_head):
 @contextmanager
 def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
     """fp32 products may round operands to bf16, which these are in fp32 clothes: exact, and twice as fast."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # not in torch's types
     before = matmul.fp32_precision
     if dtype == torch.bfloat16:
         matmul.fp32_precision = "bf16"

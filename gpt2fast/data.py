@@ -219,8 +219,8 @@ class Loader:
             start = int(window - (self._ends[shard - 1] if shard else 0)) * self.T
             row[:] = self.shards[shard][start : start + self.T + 1]
         check_tokens(rows, self.vocab_size, f"batch {i}")
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        tokens = torch.from_numpy(rows)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

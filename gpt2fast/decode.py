@@ -64,8 +64,8 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(
-        self, model: GPT, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, seeds: Sequence[int],
-        precision: Precision, stop: int | None, record: bool = True,
+        self, model: GPT, prompts: Sequence[Sequence[int]] | Tensor, n: int, sampling: Sampling, *,
+        seeds: Sequence[int], precision: Precision, stop: int | None, record: bool = True,
     ):  # fmt: skip
         self.device, self.precision, self.n, self.sampling, self.stop = (
             model.wte.weight.device, precision, n, sampling, stop,
@@ -84,7 +84,8 @@ class Decoder:
             dtype = compute_dtype(model.wte.weight)
         self.model, self.head = _rounded(model, dtype), model.wte.weight.to(dtype)
         self.cache = Cache(model, len(rows), min(model.config.block_size, self.longest + n - 1), dtype)
-        self._steps, self._graph = 0, None
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def stream(self, every: int = EVERY) -> Iterator[Tensor]:

@@ -59,7 +59,7 @@ def _pick_for_rank(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def pick_precision(name: str, device: torch.device, interpreted: bool = False) -> Precision:
+def pick_precision(name: Precision | Literal["auto"], device: torch.device, interpreted: bool = False) -> Precision:
     """ "auto": bf16 where the matrix units do it, fp16 on a CUDA GPU that lacks it, else fp32.
 
     `interpreted`: some kernels run in Triton's interpreter, which computes bf16 wrongly.

@@ -5,8 +5,8 @@ own encode_ordinary_batch gives lists of Python's integers, which are made under
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
@@ -24,9 +24,10 @@ def encoded(
     encoding: tiktoken.Encoding,
     separated: bool,
     threads: int,
-) -> Iterator[tuple[list[Piece], list[np.ndarray], dict | None]]:
+) -> Generator[tuple[list[Piece], list[np.ndarray], dict | None]]:
     """Pieces in batches, in order; their tokens; and what `state` gave when the last of them had been read."""
-    pool, waiting = ThreadPoolExecutor(threads), deque()
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[tuple[list[Piece], Future, dict | None]] = deque()
     try:
         for batch, behind in _batches(pieces, state):
             waiting.append((batch, pool.submit(encode, encoding, batch, separated), behind))

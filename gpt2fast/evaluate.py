@@ -169,8 +169,8 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
         raise UserError(f"nothing to evaluate{known}: name a folder of shards with --data, or add --hellaswag")
 
     device = pick_device(c.device, world)
-    as_trained = settings is not None and c.backend == "auto"
-    chosen = settings.implementations if as_trained else ops.OpsConfig().with_backend(c.backend)
+    as_trained = settings.implementations if settings and c.backend == "auto" else None
+    chosen = as_trained or ops.OpsConfig().with_backend(c.backend)
     precision = pick_precision(c.precision, device, ops.interpreted(chosen))
     examples = []
     if scored:
@@ -207,6 +207,7 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
             }
         if examples:
             found = hellaswag.score(model, examples, precision, tokens=B * T, progress=world.main, world=world)
+            assert found, "nobody gives up"
             result["hellaswag"] = {"file": str(path), **asdict(found)}
     except torch.OutOfMemoryError:
         raise RunError(f"out of memory with --batch-size {B} and --seq-len {T}: lower --batch-size") from None
@@ -226,6 +227,7 @@ def _loss(model: GPT, dataset: Dataset, c: EvaluateConfig, B: int, T: int, preci
     if not shards:
         raise UserError(f"{dataset.name} has no {c.split} split: prepare more text, or take --split train")
     found = split_loss(model, shards, B, T, precision, max_batches=c.max_batches, progress=world.main, world=world)
+    assert found, "nobody gives up"
     if not math.isfinite(found.loss):
         raise RunError(f"the loss is {found.loss}: look at the weights and the data, or try --precision fp32")
     counts = count_all(shards, model.config.vocab_size)

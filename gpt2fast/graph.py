@@ -28,7 +28,10 @@ WARM = 3  # steps that are not recorded
 class GraphedStep(TrainingStep):
     """As TrainingStep; the optimizer is a TritonAdamW, whose work on the device can be recorded."""
 
-    def __init__(self, model: GPT, optimizer: optim.TritonAdamW, **settings):
+    optimizer: optim.TritonAdamW
+
+    def __init__(self, model: GPT, optimizer: optim.AdamW, **settings):
+        assert isinstance(optimizer, optim.TritonAdamW)
         super().__init__(model, optimizer, **settings)
         self._taken = 0
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}

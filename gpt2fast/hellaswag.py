@@ -133,7 +133,8 @@ def _read_bin(content: bytes, path: Path) -> list[Example]:
     if version != 1 or len(body) % 2:
         raise UserError(f"{path} is no hellaswag_val.bin: version {version}, {len(content)} bytes: write it again")
     stream = np.frombuffer(body, "<u2").tolist()
-    examples, sizes, at = [], [0], 0
+    examples: list[Example] = []
+    sizes, at = [0], 0
     while at < len(stream):
         example, size = _example(stream, at, len(examples), f"{path}, example {len(examples)}")
         examples.append(example)
@@ -150,7 +151,8 @@ def _read_bin(content: bytes, path: Path) -> list[Example]:
 def _example(stream: list[int], at: int, number: int, where: str) -> tuple[Example, int]:
     """The example that begins at `at`, and how many uint16 it takes."""
     start, size, index, label, endings = (stream[at : at + 5] + [-1] * 5)[:5]
-    parts, end = [], at + 5
+    parts: list[list[int]] = []
+    end = at + 5
     while end < len(stream) and len(parts) < 1 + ENDINGS:
         parts.append(stream[end + 1 : end + 1 + stream[end]])
         end += 1 + stream[end]

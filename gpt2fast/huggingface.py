@@ -42,7 +42,7 @@ def read_folder(folder: Path, name: str) -> tuple[GPTConfig | None, dict[str, Te
     """The shape, where config.json tells it, and the tensors under their names; `name` is what `find` found."""
     config = config_beside(folder / name)
     read = READERS[name.removesuffix(".index.json")]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in _parts(folder / name) if name.endswith(".json") else [folder / name]:
         part = read(path)
         check_tensors(part, path)
@@ -71,7 +71,7 @@ def config_beside(path: Path) -> GPTConfig | None:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): write or download it again") from None
     if stored.get("model_type") != "gpt2":
         raise UserError(f"{path}: model_type is {stored.get('model_type')!r}: only 'gpt2' is read")
-    values = {ours: stored.get(theirs) for ours, theirs in SIZES.items()}
+    values: dict = {ours: stored.get(theirs) for ours, theirs in SIZES.items()}
     for name, value in values.items():
         if type(value) is not int:
             raise UserError(f"{path}: {SIZES[name]} is {value!r}: a whole number is needed")

@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     # mode c: torch wants memory that may be written to, and what is written never reaches the file
     numbers = np.memmap(path, "<f4" if dtype == torch.float32 else "<i2", "c", 4 * HEADER_INTS)
     rest = torch.from_numpy(numbers).view(dtype)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for names, shape in _layout(config, Vp):
         part, rest = rest[: len(names) * prod(shape)], rest[len(names) * prod(shape) :]
         tensors |= zip(names, part.view(len(names), *shape))

@@ -79,6 +79,7 @@ def calls(op: str, work: Workload, device: torch.device, B: int) -> list[Call]:
         return [normal(*shape, dtype=fp32, std=INIT_STD) for shape in shapes]
 
     x = partial(normal, B, T, C)
+    made: list[tuple[list[Tensor], tuple, list[Tensor]]]
     if op == "embedding":
         idx = torch.randint(work.vocab_size, (B, T), generator=generator, device=device)
         made = [(weights((work.V, C), (T, C)), (idx, stream), [x(dtype=stream)])]
@@ -114,7 +115,8 @@ def run(fn: Callable, made: Sequence[Call], device: torch.device, precision: Pre
 
 def implementation(op: str, name: str, work: Workload, device: torch.device) -> Callable:
     """As the run would use it: in a compiled step it is compiled."""
-    fn = getattr(ops.build(OpsConfig(**{op: name}), device.type), op)
+    config = OpsConfig(**{op: name})  # type: ignore[arg-type]  # names are Implementations
+    fn = getattr(ops.build(config, device.type), op)
     return torch.compile(fn, dynamic=False) if work.compiled else fn
 
 

@@ -77,6 +77,14 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n))
 
 
+class Embedding(nn.Module):
+    """Holds weight (n, C); an op looks rows up."""
+
+    def __init__(self, n: int, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n, n_embd))
+
+
 class Linear(nn.Module):
     """Holds weight (out, in) and bias (out,); an op applies them."""
 
@@ -145,10 +153,8 @@ class GPT(nn.Module):
         self.ops = ops
         self.low_stream = low_stream
         self.recompute = recompute
-        self.wte = nn.Module()
-        self.wte.weight = nn.Parameter(torch.zeros(config.padded_vocab_size, config.n_embd))
-        self.wpe = nn.Module()
-        self.wpe.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd)
         self.register_state_dict_post_hook(_hide_padding)
@@ -173,7 +179,7 @@ class GPT(nn.Module):
             h.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size
         )
 
-    def hidden(self, idx: Tensor, wpe: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, wpe: Tensor | None = None, attends: Sequence[Attend | None] | None = None) -> Tensor:
         """Tokens (B, T) -> the final LayerNorm's output (B, T, C).
 
         For writing text: `wpe` (T, C) are other positions than 0 to T - 1, `attends` what each block does in the place
@@ -184,9 +190,10 @@ class GPT(nn.Module):
             raise UserError(f"{idx.shape[1]} positions are more than block_size {len(wpe)}: shorten the sequence")
         # each add_layer_norm keeps this dtype: that of x + y
         x = self.ops.embedding(wte, wpe, idx, compute_dtype(wte) if self.low_stream else wte.dtype)  # (B, T, C)
-        norms = [block.ln_1 for block in self.h] + [self.ln_f]
+        blocks: list[Block] = list(self.h)  # type: ignore[arg-type]  # torch's types know no list of blocks
+        norms = [*(block.ln_1 for block in blocks), self.ln_f]
         h = self.ops.layer_norm(x, norms[0].weight, norms[0].bias, EPS)
-        for block, next_ln, attend in zip(self.h, norms[1:], attends or [None] * len(self.h)):
+        for block, next_ln, attend in zip(blocks, norms[1:], attends or [None] * len(blocks)):
             if self.recompute and torch.is_grad_enabled():
                 # nothing in a block is drawn at random
                 x, h = checkpoint(block, x, h, next_ln, use_reentrant=False, preserve_rng_state=False)

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def read(index: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
     try:
         table = _read_table(index.read_bytes())
         shards = dict(_fields(table.pop(b""))).get(1, 1)
-        data = {}
+        data: dict[int, np.ndarray] = {}
         for entry in table.values():
             shard = dict(_fields(entry)).get(3, 0)
             if shard not in data:
@@ -97,11 +98,11 @@ def _config_beside(path: Path) -> GPTConfig | None:
 def _tensor(entry: bytes, data: dict[int, np.ndarray]) -> Tensor:
     """BundleEntryProto: 1 dtype, 2 shape, 3 shard, 4 offset, 5 size, 7 slices of a tensor in parts."""
     fields = dict(_fields(entry))
-    dtype, offset, size, shard = fields.get(1), fields.get(4, 0), fields.get(5, 0), data[fields.get(3, 0)]
+    known, offset, size, shard = fields.get(1), fields.get(4, 0), fields.get(5, 0), data[fields.get(3, 0)]
     shape = [dict(_fields(dim)).get(1, 0) for number, dim in _fields(fields.get(2, b"")) if number == 2]
-    if dtype not in DTYPES or 7 in fields:
-        raise ValueError(f"a tensor of TensorFlow's dtype {dtype} or in slices")
-    numbers, dtype = DTYPES[dtype]
+    if known not in DTYPES or 7 in fields:
+        raise ValueError(f"a tensor of TensorFlow's dtype {known} or in slices")
+    numbers, dtype = DTYPES[known]
     if size != prod(shape) * dtype.itemsize or offset % dtype.itemsize or offset + size > len(shard):
         raise ValueError(f"{size} bytes from {offset} on are no tensor of shape {shape} in data of {len(shard)} bytes")
     return torch.from_numpy(shard[offset : offset + size].view(numbers)).view(dtype).view(shape)
@@ -137,9 +138,10 @@ def _read_block(file: bytes, handle: bytes) -> dict[bytes, bytes]:
     return found
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a protocol buffer."""
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a protocol buffer: an int, or bytes."""
     i = 0
+    value: int | bytes
     while i < len(message):
         tag, i = _varint(message, i)
         kind = tag & 7

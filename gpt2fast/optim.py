@@ -50,12 +50,14 @@ class AdamW(torch.optim.AdamW):
     divides it by `grad_scale`, updates moments and weight, and writes the copy; torch would make three.
     """
 
+    grad_scale: Tensor | None
+
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.copies: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here is done twice
         shorten = getattr(self, "grad_scale", None)
         shorten = torch.ones(()) if shorten is None else shorten
         for group in self.param_groups:
@@ -79,6 +81,7 @@ class AdamW(torch.optim.AdamW):
         return state
 
     def _step_with_copy(self, group: dict, weight: Tensor, copy: Tensor, shorten: Tensor) -> None:
+        assert copy.grad is not None
         state = self._state(weight, weight.device)
         state["step"] += 1
         step, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
@@ -106,7 +109,7 @@ class TritonAdamW(AdamW):
         self._table = kernels.ParameterTable(self._weights()[0].device)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.count()
         self.update()
 
@@ -145,6 +148,7 @@ class TritonAdamW(AdamW):
         """Gradients may be elsewhere in each step, moments after a checkpoint was loaded."""
         rows = []
         for _, weight, holder, state in self._with_gradients():
+            assert holder.grad is not None
             if not holder.grad.is_contiguous():
                 holder.grad = holder.grad.contiguous()
             rows.append((holder.grad, weight, state["exp_avg"], state["exp_avg_sq"], self.copies.get(weight)))
@@ -209,7 +213,7 @@ def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
     norm = optimizer.gradient_norm() if isinstance(optimizer, TritonAdamW) else gradient_norm(gradients)
     shorten = (norm / longest).clamp(min=1.0)
     if all(group.get("fused") for group in optimizer.param_groups):
-        part(optimizer).grad_scale = shorten.float()
+        part(optimizer).grad_scale = shorten.float()  # type: ignore[attr-defined]  # GradScaler's protocol
     else:
         torch._foreach_div_(gradients, shorten)
     return norm

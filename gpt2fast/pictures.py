@@ -82,7 +82,7 @@ def tokens(wte: Tensor, never: np.ndarray | None, how: str, name: str) -> "Figur
     for axes in (scatter, counts):
         axes.grid(alpha=0.3)
     for handle in figure.legend(loc="outside lower center", ncols=2, frameon=False).legend_handles:
-        handle.set_markersize(8)
+        handle.set_markersize(8)  # type: ignore[union-attr]  # lines, of which there are some
     return figure
 
 

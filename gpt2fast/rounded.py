@@ -9,11 +9,14 @@ The token embedding is not among them: its rows are looked up in fp32.
 
 import copy
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from gpt2fast.model import GPT
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Rounded:
@@ -44,6 +47,7 @@ class Rounded:
 
 @torch.no_grad()
 def _hand_back(weight: nn.Parameter, leaf: nn.Parameter) -> None:
+    assert leaf.grad is not None
     if weight.grad is None:
         weight.grad = leaf.grad.to(weight.dtype)
     else:
@@ -51,9 +55,9 @@ def _hand_back(weight: nn.Parameter, leaf: nn.Parameter) -> None:
     leaf.grad = None
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: Module) -> Module:
     """The same parameters in modules of their own."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)
-    twin._modules = {name: _twin(child) for name, child in module._modules.items()}
+    twin._modules = {name: _twin(child) for name, child in module.named_children()}
     return twin

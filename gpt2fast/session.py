@@ -229,8 +229,8 @@ def choose_ops(c: TrainConfig, device: torch.device, precision: Precision, compi
     if c.resume and (choice := resumed_choice(c, device, precision, compiled, low)):
         return choice
     m = c.model
-    sizes = {"B": c.batch_size, "T": c.seq_len, "C": m.n_embd, "H": m.n_head, "V": m.padded_vocab_size}
-    how = {"precision": precision, "tf32": c.tf32, "compiled": compiled, "low_stream": low}
+    sizes: dict = {"B": c.batch_size, "T": c.seq_len, "C": m.n_embd, "H": m.n_head, "V": m.padded_vocab_size}
+    how: dict = {"precision": precision, "tf32": c.tf32, "compiled": compiled, "low_stream": low}
     work = Workload(**sizes, vocab_size=m.vocab_size, **how)
     try:
         return auto.pick(c.ops, work, device)
@@ -252,7 +252,7 @@ def resumed_choice(
         return None
     found = auto.recall(c.ops, resolved["ops"], device.type)
     times = {op: results for op, results in resolved["auto"].items() if op in left_open}
-    return found and auto.Choice(ops=found, results=times)
+    return auto.Choice(ops=found, results=times) if found else None
 
 
 def open_data(c: TrainConfig) -> Dataset:

@@ -87,7 +87,7 @@ def _open(file: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     with file.open("rb") as raw:
         if file.suffix.lower() == ".gz":
             with gzip.open(raw) as stream:
-                yield stream, raw.tell
+                yield stream, raw.tell  # type: ignore[misc]  # a GzipFile reads as any BinaryIO does
         else:
             yield raw, raw.tell
 

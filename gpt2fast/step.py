@@ -25,7 +25,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Module:
+def compiled(model: GPT, device: torch.device, mode: str | None = None) -> Callable[..., Tensor]:
     """The model by torch.compile, `mode` as there; it shares the weights of `model`, which stays uncompiled.
 
     On a CPU block by block: all blocks share one compilation, so that it takes seconds and not a minute; and the
@@ -35,7 +35,8 @@ def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Mo
         return torch.compile(model, dynamic=False, mode=mode)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
-    twin.h = nn.ModuleList(torch.compile(block, dynamic=False, mode=mode) for block in model.h)
+    blocks = [torch.compile(block, dynamic=False, mode=mode) for block in model.h]
+    twin.h = nn.ModuleList(blocks)  # type: ignore[arg-type]  # of a module, torch.compile makes a module
     return twin
 
 
@@ -69,7 +70,7 @@ class TrainingStep:
         if on_its_way or (accumulation > 1 and precision != "fp32" and world.size == 1):
             self.rounded = Rounded(model, DTYPES[precision], keep_gradients=on_its_way and accumulation == 1)
         if isinstance(optimizer, optim.AdamW):
-            optimizer.copies = dict(self.rounded.pairs) if on_its_way else {}
+            optimizer.copies = dict(self.rounded.pairs) if self.rounded and on_its_way else {}
         forward = self.rounded.model if self.rounded else model
         self.forward = world.replicate(compiled(forward, self.device, mode) if compile else forward)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -120,7 +121,7 @@ class TrainingStep:
         norm = optim.clip(self.optimizer, self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        part(self.optimizer).grad_scale = None  # what clip left there
+        part(self.optimizer).grad_scale = None  # type: ignore[attr-defined]  # what clip left there
         self.forget_gradients()
         if self.rounded and not getattr(self.optimizer, "copies", None):
             self.rounded.refresh()

@@ -107,7 +107,7 @@ def validate(s: Session, interrupt: Interrupt) -> float | None:
             s.model, s.dataset.val, s.val.B, s.val.T, s.precision,
             give_up=lambda: bool(interrupt.signal), world=s.world,
         )  # fmt: skip
-        return found and found.loss
+        return found.loss if found else None
     count = min(s.config.val_batches, s.val.batches_per_epoch)
     batches = s.val.batches(s.world.rank, s.device, s.world.size)
     losses = [torch.zeros((), device=s.device)]
@@ -208,7 +208,7 @@ def loop(s: Session, log: Log, interrupt: Interrupt) -> None:
 def record(s: Session) -> dict[str, list]:
     """Write config.json, with one more entry in its list of resumes if this is one; what that one changed."""
     path = s.config.folder / "config.json"
-    row = {"config": config.to_dict(s.config), "resolved": s.resolved, "machine": machine.record(), "resumes": []}
+    row: dict = {"config": config.to_dict(s.config), "resolved": s.resolved, "machine": machine.record(), "resumes": []}
     changed = {}
     if s.config.resume:
         old = json.loads(path.read_text())

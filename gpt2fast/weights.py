@@ -55,7 +55,9 @@ def read(source: str | Path) -> Weights:
         return _read_file(path)
     if name := huggingface.hub_name(str(source)):
         folder = huggingface.download(name, str(source))
-        return assemble(*huggingface.read_folder(folder, huggingface.find(folder)), f"{name} on the hub")
+        found = huggingface.find(folder)
+        assert found, "download gives no folder without"
+        return assemble(*huggingface.read_folder(folder, found), f"{name} on the hub")
     raise UserError(f"{source} does not exist: name {ACCEPTED}")
 
 
@@ -75,6 +77,7 @@ def _read_file(path: Path) -> Weights:
             head = file.read(4)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    config: GPTConfig | None
     if head == llmc.MAGIC:
         config, tensors = llmc.read(path)
     elif path.suffix == ".index":

@@ -143,7 +143,8 @@ def flash_attention_bwd(
 def _unpack(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3C) -> q, k, v, each a view (B, H, T, D)."""
     B, T, C3 = qkv.shape
-    return qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def _heads(o: Tensor, n_head: int) -> Tensor:
