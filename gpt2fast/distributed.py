@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,6 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    store: dist.Store | None = None
     gradients: dist.ProcessGroup | None = None
 
     @property
@@ -59,6 +58,7 @@ class World:
             return self
         cuda = device.type == "cuda"
         group = dist.new_group(backend="nccl" if cuda else "gloo", timeout=HANG if cuda else PATIENCE)
+        assert isinstance(group, dist.ProcessGroup), "every rank is in it"
         return replace(self, gradients=group)
 
     def replicate(self, module: nn.Module) -> nn.Module:
@@ -144,12 +144,12 @@ def _describe(tensors: dict[str, Tensor]) -> dict[str, tuple[list[int], str]]:
     return {name: (list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()}
 
 
-def shard(make: Callable[..., Optimizer], groups: list[dict], world: World, **settings) -> Optimizer:
+def shard(make: Callable[..., Optimizer], groups: list[dict], world: World, **settings) -> Any:
     """ZeRO-1: each rank has the moments of its share of the weights only, updates those, and sends them to the others.
 
     Bit for bit what `make(groups, **settings)` does on every rank.
     """
-    return ZeroRedundancyOptimizer(groups, make, process_group=world.gradients, **settings)
+    return ZeroRedundancyOptimizer(groups, make, process_group=world.gradients, **settings)  # type: ignore[arg-type]
 
 
 def part(optimizer: Optimizer) -> Optimizer:
@@ -166,16 +166,16 @@ def joined() -> Iterator[World]:
 
     On other ranks than 0 nothing is printed. An error that leaves it ends this process, and soon the others.
     """
-    world = _join()
-    if world.size == 1:
-        yield world
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield ALONE
         return
+    world, store = _join()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if world.main else nowhere):
         try:
             yield world
             world.wait()  # a gloo process that leaves before the others may take them along
         except BaseException as error:
-            _leave(world, error)
+            _leave(world, store, error)
     dist.destroy_process_group()
 
 
@@ -186,33 +186,30 @@ def one_complains(world: World) -> Iterator[None]:
         yield
 
 
-def _join() -> World:
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        return World()
+def _join() -> tuple[World, dist.Store]:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
         store = dist.PrefixStore("gpt2fast", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"WORLD_SIZE is {size}, and the {size} processes do not come together ({_line(error)}): start them with "
-            "torchrun; on several machines, each must reach MASTER_ADDR:MASTER_PORT, and GLOO_SOCKET_IFNAME may have "
-            "to name the network interface"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and so many processes do not come together ({_line(error)}): "
+            "start them with torchrun; on several machines, each must reach MASTER_ADDR:MASTER_PORT, and "
+            "GLOO_SOCKET_IFNAME may have to name the network interface"
         ) from None
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank))), store
 
 
-def _leave(world: World, error: BaseException) -> NoReturn:
+def _leave(world: World, store: dist.Store, error: BaseException) -> NoReturn:
     """Say why, for others to find it, and end at once: what other ranks wait for, or NCCL, may never return."""
     gone = isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or isinstance(error, dist.DistError))
     text, code = ("", 1) if gone else _cause(error)
     with contextlib.suppress(RuntimeError):  # the store may be gone too
         if gone:
-            text = _who_is_gone(world)
+            text = _who_is_gone(world, store)
         else:
-            world.store.set(f"cause/{world.rank}", text)
-            if not world.main and _within(3.0, lambda: _causes(world).get(0) == text):
+            store.set(f"cause/{world.rank}", text)
+            if not world.main and _within(3.0, lambda: _causes(world, store).get(0) == text):
                 text = ""  # rank 0 says the same
     if text:
         print(f"error: rank {world.rank}: {text}" if code else text, file=sys.stderr)
@@ -232,29 +229,29 @@ def _cause(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {_line(error)}", 1
 
 
-def _who_is_gone(world: World) -> str:
-    """In words, for one of the survivors; "" for the others."""
-    world.store.set(f"alive/{world.rank}", "")
-    others = range(world.size)
+def _who_is_gone(world: World, store: dist.Store) -> str:
+    """In words, for the first of the survivors; "" for the others."""
+    store.set(f"alive/{world.rank}", "")
 
     def silent() -> list[int]:
-        causes = _causes(world)
-        return [r for r in others if r not in causes and not world.store.check([f"alive/{r}"])]
+        return [rank for rank in range(world.size) if not store.check([f"alive/{rank}"])]
 
-    _within(ROLL_CALL, lambda: _causes(world) or len(silent()) <= 1)
-    causes, lost = _causes(world), silent()
-    if any(world.store.check([f"alive/{r}"]) for r in range(world.rank)):
+    _within(ROLL_CALL, lambda: _causes(world, store) or len(silent()) <= 1)
+    causes, lost = _causes(world, store), silent()
+    if world.rank != min(set(range(world.size)) - set(lost), default=world.rank):
         return ""
-    what = [f"rank {rank} ended the run: {text}" for rank, text in causes.items()][:1]
-    if not what:
+    if causes:
+        rank, text = next(iter(causes.items()))
+        what = f"rank {rank} ended the run: {text}"
+    else:
         ranks = ", ".join(map(str, lost))
-        what = [f"rank {ranks} is gone without a word: killed, out of memory, or its machine is gone"]
-    return f"{what[0]}; what was saved is whole: continue with --resume"
+        what = f"rank {ranks} is gone without a word: killed, out of memory, or its machine is gone"
+    return f"{what}; what was saved is whole: continue with --resume"
 
 
-def _causes(world: World) -> dict[int, str]:
+def _causes(world: World, store: dist.Store) -> dict[int, str]:
     keys = {rank: f"cause/{rank}" for rank in range(world.size)}
-    return {rank: world.store.get(key).decode() for rank, key in keys.items() if world.store.check([key])}
+    return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
 
 
 def _within(seconds: float, done: Callable[[], object]) -> bool:

@@ -5,6 +5,7 @@ left at a shard's end is a shorter window, padded. So the loss is the exact mean
 memory of the one before it, as in training. HellaSwag: see hellaswag.py.
 """
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,8 +88,8 @@ def split_loss(
             losses, done = losses + n * loss, done + n
             bar.update(n)
             bar.set_postfix_str(f"loss {losses / done:.4f}")
-    losses, done, given_up = world.totals(losses, done, given_up)
-    return None if given_up else SplitLoss(losses / done, int(done), done == total)
+    summed, count, gave_up = world.totals(losses, done, given_up)
+    return None if gave_up else SplitLoss(summed / count, int(count), count == total)
 
 
 def _batches(
@@ -100,8 +100,8 @@ def _batches(
     `numbers`: which of the batches.
     """
     windows = (tokens[i : i + T + 1] for tokens in shards for i in range(0, len(tokens) - 1, T))
-    for number in count():
-        rows = list(islice(windows, B))
+    for number in itertools.count():
+        rows = list(itertools.islice(windows, B))
         if not rows or number >= numbers.stop:
             return
         if number not in numbers:

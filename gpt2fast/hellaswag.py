@@ -214,11 +214,11 @@ def score(
             done += len(batch)
             bar.update(len(batch))
             bar.set_postfix_str(f"acc_norm {right_norm / done:.4f}")
-    right, right_norm, done, given_up = world.totals(right, right_norm, done, given_up)
-    if given_up:
+    right_of_all, norm_of_all, count, gave_up = world.totals(right, right_norm, done, given_up)
+    if gave_up:
         return None
-    acc, acc_norm = right / done, right_norm / done
-    return Score(int(done), acc, acc_norm, (acc_norm * (1 - acc_norm) / done) ** 0.5, cut)
+    acc, acc_norm = right_of_all / count, norm_of_all / count
+    return Score(int(count), acc, acc_norm, (acc_norm * (1 - acc_norm) / count) ** 0.5, cut)
 
 
 @torch.no_grad()

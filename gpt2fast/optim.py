@@ -33,13 +33,13 @@ def adamw(
     fused: bool = True,
     kernels: ModuleType | None = None,
     world: World = ALONE,
-) -> torch.optim.Optimizer:
+) -> "AdamW":
     """`lr` is 0 until the training loop sets it, each step, from `learning_rate`. `kernels`: of ops.kernels.
 
-    The ranks of `world` divide its state among them, by ZeRO-1.
+    The ranks of `world` divide its state among them, by ZeRO-1: what is returned then only looks like an AdamW.
     """
     kind = AdamW if kernels is None else partial(TritonAdamW, kernels)
-    make = kind if world.size == 1 else partial(shard, kind, world=world)
+    make: Callable[..., AdamW] = kind if world.size == 1 else partial(shard, kind, world=world)
     return make(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=EPS, fused=fused)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gpt2fast import optim
 from gpt2fast.device import DTYPES, Precision, autocast
@@ -25,18 +26,18 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def compiled(model: GPT, device: torch.device, mode: str | None = None) -> Callable[..., Tensor]:
+def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Module:
     """The model by torch.compile, `mode` as there; it shares the weights of `model`, which stays uncompiled.
 
     On a CPU block by block: all blocks share one compilation, so that it takes seconds and not a minute; and the
     embedding's gradient stays sparse. Elsewhere whole, since launches and passes over memory weigh more there.
     """
     if device.type != "cpu":
-        return torch.compile(model, dynamic=False, mode=mode)
+        return torch.compile(model, dynamic=False, mode=mode)  # type: ignore[return-value]  # of a module, a module
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     blocks = [torch.compile(block, dynamic=False, mode=mode) for block in model.h]
-    twin.h = nn.ModuleList(blocks)  # type: ignore[arg-type]  # of a module, torch.compile makes a module
+    twin.h = nn.ModuleList(blocks)  # type: ignore[arg-type]
     return twin
 
 
@@ -105,7 +106,7 @@ class TrainingStep:
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         """Forward and backward within add to this rank's gradients alone."""
-        return contextlib.nullcontext() if self.world.size == 1 else self.forward.no_sync()
+        return self.forward.no_sync() if isinstance(self.forward, DDP) else contextlib.nullcontext()
 
     def forget_gradients(self) -> None:
         """Where DDP is, they lie in its buckets, and stay there."""

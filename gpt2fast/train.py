@@ -35,7 +35,7 @@ SUMMARY_STEPS = 20  # the summary's training loss is the mean of so many steps
 class Log:
     """Keeps losses and norms on the device, reads them back together, writes and shows them."""
 
-    def __init__(self, s: Session, metrics: run.Metrics, screen: Screen):
+    def __init__(self, s: Session, metrics: run.Metrics | run.NoMetrics, screen: Screen):
         self.s, self.metrics, self.screen = s, metrics, screen
         self.val_loss: float | None = None
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
