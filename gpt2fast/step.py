@@ -97,12 +97,12 @@ class TrainingStep:
             group["lr"] = lr
 
     def update(self) -> Tensor:
-        """Clip, AdamW, no gradients any more; the norm before clipping."""
+        """Clip, AdamW, no gradients any more; the norm before clipping. If it is not finite, AdamW is left out."""
         self.scaler.unscale_(self.optimizer)
         norm = optim.clip(self.optimizer, self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.grad_scale = None  # what clip left there
+        self.optimizer.grad_scale = self.optimizer.found_inf = None  # what clip left there
         self.optimizer.zero_grad(set_to_none=True)
         if self.rounded and not getattr(self.optimizer, "copies", None):
             self.rounded.refresh()
