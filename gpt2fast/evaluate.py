@@ -84,7 +84,7 @@ def _batches(
     shards: Sequence[np.ndarray], B: int, T: int, vocab_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """x, y of (B, T) int64 in the order of the shards; fewer rows in the last. Behind a shard's end y is IGNORE."""
-    windows = (tokens[i : i + T + 1] for tokens in shards for i in range(0, len(tokens) - 1, T))
+    windows = (data.read_tokens(tokens, i, i + T + 1) for tokens in shards for i in range(0, len(tokens) - 1, T))
     for number in count():
         rows = list(islice(windows, B))
         if not rows:

@@ -11,8 +11,8 @@ Traffic   norm: read dw. Update: 28 bytes an element of a matrix of the blocks (
               norm 0.33 GB + update 3.49 GB = 3.81 GB, at 4.3 TB/s 0.89 ms.
           PyTorch's: the blocks' gradients converted to fp32 (2 + 4), norm 4, fused AdamW 28, weights rounded (4 + 2):
               0.51 + 0.50 + 3.49 + 0.51 = 5.00 GB, 1.16 ms, and 1 GB more each further micro-batch rounds its weights.
-Skipping  A step whose `shorten` is not finite (so |all dw| is not) is left out: nothing is written, no step counted, and
-          nobody asks the device. That is why t lies there, and what depends on it is computed there.
+Skipping  A step whose `shorten` is not finite (so |all dw| is not) is left out: nothing is written, no step counted,
+          and nobody asks the device. That is why t lies there, and what depends on it is computed there.
 Table     One row of numbers a tensor: the addresses, dtypes, length. Kernels get it from memory, so a launch takes
           any number of tensors; a chunk of elements, a program's share, says which row and where. Addresses are
           compared each step, on the host, and sent again when they have changed.
@@ -202,9 +202,7 @@ def _row(g: Tensor, w: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, step: 
 _DTYPE_NUMBER = {dtype: i for i, dtype in enumerate(DTYPES)}
 
 
-def _check(
-    device: torch.device, g: Tensor, w: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, step: Tensor
-) -> None:
+def _check(device: torch.device, g: Tensor, w: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, step: Tensor) -> None:
     tensors = {"gradient": g, "exp_avg": m, "exp_avg_sq": v} | ({} if copy is None else {"copy": copy})
     check_tensors("adamw", weight=w, step=step, **tensors)
     check_shape("adamw", "step", step, ())

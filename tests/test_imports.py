@@ -59,10 +59,11 @@ ARROWS = {
     "pretrained run step tokenizer weights",
     "shards": "data errors files model sources",
     "sources": "errors",
+    "spikes": "",
     "step": "device model optim rounded",
     "tokenizer": "errors",
     "train": "allocator checkpoint config device errors evaluate files hellaswag machine optim plot run sample screen "
-    "session",
+    "session spikes",
     "weights": "containers errors huggingface layout llmc model nanogpt openai",
 }
 
