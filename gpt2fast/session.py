@@ -315,4 +315,5 @@ def gpu_memory() -> str:
         most = torch.cuda.max_memory_allocated()
     except (RuntimeError, AssertionError):  # no CUDA, or a context that is no more
         return ""
-    return f" (this run held up to {most / 1e9:.1f} GB of the device's {total / 1e9:.1f}, and {free / 1e9:.1f} are free)"
+    most, free, total = (f"{number / 1e9:.1f}" for number in (most, free, total))
+    return f" (this run held up to {most} GB of the device's {total}, and {free} are free)"
