@@ -126,11 +126,12 @@ def _cross_entropy() -> None:
 def _adamw(C: int) -> None:
     """A matrix of the blocks with its copy, an embedding, a bias: the kernel learns what they are at run time."""
     table, half = ParameterTable(torch.device("cpu")), torch.empty(4 * C, C, dtype=torch.bfloat16)
+    one = torch.ones(())
     matrix, embedding, bias = torch.empty(4 * C, C), torch.empty(V, C), torch.empty(C)
-    table.refresh([(half, matrix, matrix, matrix, half), (*[embedding] * 4, None), (*[bias] * 4, None)])
-    table.set_numbers(torch.zeros(3, 6))
+    table.refresh([(half, *[matrix] * 3, half, one), (*[embedding] * 4, None, one), (*[bias] * 4, None, one)])
+    table.set_numbers(torch.zeros(3, 7))
     gradient_norm(table)
-    adamw_(table, torch.ones(()))
+    adamw_(table, one)
 
 
 B, T, V = 64, 1024, 50304

@@ -120,11 +120,11 @@ def ready(kernel: Kernel, case: kernels.Case, device: torch.device) -> tuple[lis
 
 def ready_adamw(g: Tensor, w: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor], Callable]:
     """Norm and update of one parameter as large as the blocks, with its copy; m, v, w are updated in place."""
-    from gpt2fast.kernels.adamw import NUMBERS, ParameterTable, adamw_, gradient_norm
+    from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm
 
     table, copy, one = ParameterTable(g.device), g.clone(), torch.ones((), device=g.device)
-    table.refresh([(g, w, m, v.abs_(), copy)])
-    table.set_numbers(torch.full((1, NUMBERS.value), 0.01))
+    table.refresh([(g, w, m, v.abs_(), copy, torch.zeros_like(one))])
+    table.set_numbers(torch.tensor([[0.1, 0.05, 1e-8, 0.01, 0.01, -0.1, -0.05]]))  # 1 - beta and log2 beta, about
 
     def call() -> list[Tensor]:
         norm = gradient_norm(table)

@@ -76,8 +76,10 @@ def _write(final: Path, model: GPT, moments: dict[str, Tensor], state: dict) -> 
         for path in temporary.iterdir():
             path.chmod(0o666 & ~_umask())  # safetensors makes its files readable to their owner only
         publish(temporary, final)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise  # no memory, Ctrl-C: nothing half-written stays for them either
         kept = list_checkpoints(folder)
         raise RunError(
             f"checkpoint {final} could not be saved ({error}): free some space, then continue with --resume "

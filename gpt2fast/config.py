@@ -114,6 +114,10 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    skip_limit: int = 10
+    """End after so many steps in a row whose loss or gradient is not finite; each is left out of the weights."""
+    spike: float = 6.0
+    """Say so when a loss is this many standard deviations from the mean of the last 128; 0: never."""
     tensorboard: bool = False
     """Write TensorBoard's event files too (pip install 'gpt2fast[tensorboard]')."""
 
@@ -152,7 +156,8 @@ CHANGEABLE = {
     "backend", "ops", "tokenizer_file", "steps", "lr", "lr_floor", "warmup", "weight_decay", "beta1", "beta2",
     "grad_clip", "optimizer", "device", "precision", "tf32", "residual", "zero", "recompute", "compile", "cuda_graph",
     "out", "run", "resume", "stop_at", "log_every", "val_every", "val_batches", "hellaswag", "hellaswag_every",
-    "sample_every", "samples", "sample_tokens", "prompt", "checkpoint_every", "keep", "tensorboard",
+    "sample_every", "samples", "sample_tokens", "prompt", "checkpoint_every", "keep", "skip_limit", "spike",
+    "tensorboard",
 }  # fmt: skip
 
 
@@ -195,9 +200,9 @@ def check(config: TrainConfig, ranks: int = 1) -> None:
     c = config
     assert c.batch_size is not None
     assert c.warmup is not None
-    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "samples", "sample_tokens", "keep"]
+    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "samples", "sample_tokens", "keep", "skip_limit"]
     natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
-    natural += ["val_every", "val_batches", "hellaswag_every", "sample_every", "checkpoint_every"]
+    natural += ["val_every", "val_batches", "hellaswag_every", "sample_every", "checkpoint_every", "spike"]
     positive += [name for name in ("log_every", "stop_at") if getattr(c, name) is not None]
     for name in positive + natural:
         value, least = getattr(c, name), "more than 0" if name in positive else "at least 0"

@@ -15,6 +15,7 @@ T, shuffle, seed, i), so the position of a run is one integer and resuming needs
 
 import hashlib
 import itertools
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2fast.errors import UserError
+from gpt2fast.errors import RunError, UserError
 
 MAGIC = 20240520
 VERSION = 1
@@ -129,6 +130,17 @@ def _open_raw(path: Path, head: bytes, size: int, vocab_size: int) -> np.ndarray
     return np.memmap(path, "<u2", "r")
 
 
+def read_tokens(shard: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """shard[start:stop]. RunError if its file is shorter than when it was mapped: to read such a map past its file's
+    end is SIGBUS, which ends Python without a word. A file that was deleted stays whole as long as it is mapped."""
+    if isinstance(shard.base, mmap.mmap) and shard.base.size() < shard.offset + shard.nbytes:
+        raise RunError(
+            f"shard {shard.filename} has been cut to {shard.base.size()} bytes, of {shard.offset + shard.nbytes}, "
+            "while it was read: restore it, then continue with --resume"
+        )
+    return shard[start:stop]
+
+
 def check_tokens(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """UserError if a token is not below `vocab_size`: an embedding would read past its table."""
     if tokens.size and int(tokens.max()) >= vocab_size:
@@ -217,7 +229,7 @@ class Loader:
         for row, window in zip(rows, windows):
             shard = int(np.searchsorted(self._ends, window, side="right"))
             start = int(window - (self._ends[shard - 1] if shard else 0)) * self.T
-            row[:] = self.shards[shard][start : start + self.T + 1]
+            row[:] = read_tokens(self.shards[shard], start, start + self.T + 1)
         check_tokens(rows, self.vocab_size, f"batch {i}")
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -99,7 +99,7 @@ def _batches(
 
     `numbers`: which of the batches.
     """
-    windows = (tokens[i : i + T + 1] for tokens in shards for i in range(0, len(tokens) - 1, T))
+    windows = (data.read_tokens(tokens, i, i + T + 1) for tokens in shards for i in range(0, len(tokens) - 1, T))
     for number in itertools.count():
         rows = list(itertools.islice(windows, B))
         if not rows or number >= numbers.stop:

@@ -6,7 +6,8 @@
 
 A replay launches the same kernels with the same addresses. So a batch is copied to where `first` and `next` read it;
 gradients stay where they were made, and the next `first` writes over them; what changes from step to step, the learning
-rate and the step's number, lies on the device, where the optimizer's `count` puts it before each `update`. The first
+rate and the step's number, lies on the device, where the optimizer's `send_numbers` puts the one before each `update`,
+and `update` counts the other. The first
 steps of a run are taken as they are: they compile, choose algorithms and fill caches, none of which can be recorded.
 The graphs share their memory, since none needs what another left but gradients, which are alive all the time;
 validation and samples need their own.
@@ -53,7 +54,7 @@ class GraphedStep(TrainingStep):
                 place.copy_(tensor, non_blocking=True)
             self._graphs["next" if i else "first"].replay()
         self.set_rate(lr)
-        self.optimizer.count()
+        self.optimizer.send_numbers()
         self._graphs["update"].replay()
         return self._total.clone(), self._norm.clone()
 

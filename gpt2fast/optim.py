@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class AdamW(torch.optim.AdamW):
 
     `copies` maps a weight to its copy. Where the copy has a gradient, one compiled pass over memory converts it,
     divides it by `grad_scale`, updates moments and weight, and writes the copy; torch would make three.
+
+    Where `found_inf` is 1, the step is left out: weights, copies, moments and "step" stay as they are.
     """
 
     grad_scale: Tensor | None
@@ -63,7 +66,8 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for weight in group["params"]:
                 copy = self.copies.get(weight)
-                if copy is not None and copy.grad is not None:
+                # a copy has a gradient on a CPU only, where asking found_inf waits for nothing
+                if copy is not None and copy.grad is not None and not getattr(self, "found_inf", None):
                     self._step_with_copy(group, weight, copy, shorten)
         super().step(closure)
 
@@ -72,17 +76,17 @@ class AdamW(torch.optim.AdamW):
         for copy in self.copies.values():
             copy.grad = None
 
-    def _state(self, weight: Tensor, where: torch.device) -> dict[str, Tensor]:
-        """As torch has it, with "step" on `where`."""
+    def _state(self, weight: Tensor) -> dict[str, Tensor]:
+        """As torch's fused one has it."""
         state = self.state[weight]
         if not state:
-            state["step"] = torch.zeros((), device=where)
+            state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         return state
 
     def _step_with_copy(self, group: dict, weight: Tensor, copy: Tensor, shorten: Tensor) -> None:
         assert copy.grad is not None
-        state = self._state(weight, weight.device)
+        state = self._state(weight)
         state["step"] += 1
         step, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
         numbers = (
@@ -95,8 +99,9 @@ class AdamW(torch.optim.AdamW):
 class TritonAdamW(AdamW):
     """The same in one launch over all weights, with or without copies: kernels/adamw.py.
 
-    `step` is `count`, which is the host's work and waits for nothing, and `update`, which is the device's: a captured
-    graph of `update` finds the numbers of each step where `count` puts them. So "step" is kept on the host.
+    `step` is `send_numbers`, which is the host's work and waits for nothing, and `update`, which is the device's: a
+    captured graph of `update` finds the numbers of each step where `send_numbers` puts them. Where `grad_scale` is not
+    finite, `update` leaves the step out; so "step" is counted on the device.
 
     Not for fp16, where GradScaler has its own pass over the gradients, and leaves the step out if one is infinite:
     torch's fused AdamW asks the device for that, here GradScaler would wait for it.
@@ -110,22 +115,19 @@ class TritonAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.count()
+        self.send_numbers()
         self.update()
 
     @torch.no_grad()
-    def count(self) -> None:
-        """One step more for every weight that has a gradient, and the numbers that follow from it."""
-        found = list(self._with_gradients())
-        if not found:
-            return
-        steps = [state["step"] for _, _, _, state in found]
-        torch._foreach_add_(steps, 1)
-        t = torch.stack(steps).double()
-        settings = [(*group["betas"], group["eps"], group["lr"], group["weight_decay"]) for group, *_ in found]
-        beta1, beta2, eps, lr, decay = torch.tensor(settings, dtype=torch.float64).unbind(1)
-        rate, correction = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
-        self._table.set_numbers(torch.stack([1 - beta1, 1 - beta2, eps, lr * decay, rate, correction], 1))
+    def send_numbers(self) -> None:
+        """The settings of every weight that has a gradient."""
+        settings = [
+            (*group["betas"], group["eps"], group["lr"], group["weight_decay"]) for group, *_ in self._with_gradients()
+        ]
+        if settings:
+            beta1, beta2, eps, lr, decay = torch.tensor(settings, dtype=torch.float64).unbind(1)
+            numbers = 1 - beta1, 1 - beta2, eps, lr * decay, lr, beta1.log2(), beta2.log2()
+            self._table.set_numbers(torch.stack(numbers, 1))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -139,11 +141,6 @@ class TritonAdamW(AdamW):
         self.refresh()
         return self._kernels.gradient_norm(self._table)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["step"] = state["step"].cpu()
-
     def refresh(self) -> None:
         """Gradients may be elsewhere in each step, moments after a checkpoint was loaded."""
         rows = []
@@ -151,7 +148,8 @@ class TritonAdamW(AdamW):
             assert holder.grad is not None
             if not holder.grad.is_contiguous():
                 holder.grad = holder.grad.contiguous()
-            rows.append((holder.grad, weight, state["exp_avg"], state["exp_avg_sq"], self.copies.get(weight)))
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            rows.append((holder.grad, weight, *moments, self.copies.get(weight), state["step"]))
         self._table.refresh(rows)
 
     def _weights(self) -> list[nn.Parameter]:
@@ -164,7 +162,7 @@ class TritonAdamW(AdamW):
                 copy = self.copies.get(weight)
                 holder = weight if copy is None or copy.grad is None else copy
                 if holder.grad is not None:
-                    yield group, weight, holder, self._state(weight, torch.device("cpu"))
+                    yield group, weight, holder, self._state(weight)
 
 
 def takes_copies(optimizer: torch.optim.Optimizer, compile: bool, accumulation: int) -> bool:
@@ -207,15 +205,23 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
 def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
     """The gradient's norm (0-d, on the device). The gradient is shortened to at most `longest`, now or, where the
     optimizer is fused, on its way: as for torch's GradScaler it divides by `grad_scale`, which saves a pass.
+
+    If the norm is not finite, the optimizer's next step does nothing: it sees so in `found_inf` (TritonAdamW in
+    `grad_scale`), and the host waits for nothing; one that is not fused finds no gradients.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in (*weights, *getattr(optimizer, "copies", {}).values()) if p.grad is not None]
     norm = optimizer.gradient_norm() if isinstance(optimizer, TritonAdamW) else gradient_norm(gradients)
-    shorten = (norm / longest).clamp(min=1.0)
-    if all(group.get("fused") for group in optimizer.param_groups):
-        part(optimizer).grad_scale = shorten.float()  # type: ignore[attr-defined]  # GradScaler's protocol
-    else:
+    shorten = (norm / longest).clamp(min=1.0)  # not finite where the norm is not: inf / inf is NaN
+    if not all(group.get("fused") for group in optimizer.param_groups):
         torch._foreach_div_(gradients, shorten)
+        if not norm.isfinite():
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+    local: Any = part(optimizer)
+    local.grad_scale = shorten.float()
+    if not isinstance(local, TritonAdamW):
+        local.found_inf = (~norm.isfinite()).float()
     return norm
 
 

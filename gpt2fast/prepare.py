@@ -25,7 +25,7 @@ from gpt2fast import corpora, tokenizer
 from gpt2fast.corpora import CORPORA, Source
 from gpt2fast.encoding import encoded
 from gpt2fast.errors import RunError, UserError, run_main
-from gpt2fast.files import publish
+from gpt2fast.files import publish, write_atomic
 from gpt2fast.flags import named_from
 from gpt2fast.model import VOCAB_SIZE
 from gpt2fast.shards import RECORD, Writer
@@ -213,7 +213,7 @@ def _write(c: PrepareConfig, source: Source, encoding: tiktoken.Encoding, writer
     known = corpora.compare(manifest) if corpus.sha256 and not c.max_tokens else {}
     if any(found != expected for found, expected in known.values()):
         raise RunError(f"this is {source.name}, but its counts are not the known ones ({known}): update tiktoken")
-    (writer.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_atomic(writer.folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gpt2fast.errors import UserError
-from gpt2fast.files import write_atomic
+from gpt2fast.files import named, write_atomic
 
 
 def check_free(folder: Path) -> None:
@@ -75,16 +75,18 @@ class Metrics:
 
     def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None):
         """Rows after `last_step`, which a resumed run makes again, are dropped: every step stands there once."""
-        kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.before = [row for row in read_metrics(path) if row["step"] <= last_step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.before))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._writer = _tensorboard_writer()(tensorboard, purge_step=last_step + 1) if tensorboard else None
 
     def write(self, row: dict) -> None:
-        # JSON has no infinity, and an fp16 gradient's norm may be just that
-        row = {name: None if value in (math.inf, -math.inf) else value for name, value in row.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        # JSON has no NaN and no infinity, and a step that is left out has them
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+        with named(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         if self._writer:
             for name, value in row.items():
                 if name == "sample":
@@ -96,13 +98,17 @@ class Metrics:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        with named(self._path):
+            self._file.close()  # which writes again what a full disk did not take, and fails again
         if self._writer:
             self._writer.close()
 
 
 class NoMetrics:
     """Of a rank that writes nothing."""
+
+    def __init__(self):
+        self.before: list[dict] = []
 
     def write(self, row: dict) -> None:
         pass

@@ -92,8 +92,9 @@ class Screen:
     def step(self, row: dict, eta: float) -> None:
         """Show the metrics row of a finished step, and how many seconds are left."""
         text = (
-            f"step {row['step']:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
-            f"norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tok/s  MFU {share(row['mfu'])}  ETA {clock(eta)}"
+            f"step {row['step']:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.3f}{_z(row, 'loss_z')}  "
+            f"lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}{_z(row, 'norm_z')}  {row['tokens_per_s']:,.0f} tok/s  "
+            f"MFU {share(row['mfu'])}  ETA {clock(eta)}"
         )
         if self._bar is not None:
             self._bar.n = row["step"]
@@ -118,6 +119,12 @@ def clock(seconds: float) -> str:
     if days:
         return f"{days}d {hours:02}:{minutes:02}"
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _z(row: dict, name: str) -> str:
+    """As llm.c prints it; nothing before its window is full."""
+    z = row.get(name, math.nan)
+    return f" ({z:+.2f}z)" if math.isfinite(z) else ""
 
 
 def share(value: float | None) -> str:

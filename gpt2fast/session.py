@@ -21,7 +21,7 @@ from gpt2fast.errors import RunError, UserError
 from gpt2fast.graph import GraphedStep
 from gpt2fast.hellaswag import Example
 from gpt2fast.measure import Workload
-from gpt2fast.model import GPT, SIZES, parameter_count
+from gpt2fast.model import GPT, SIZES, GPTConfig, parameter_count
 from gpt2fast.ops import OpsConfig
 from gpt2fast.step import TrainingStep
 from gpt2fast.weights import Weights
@@ -306,8 +306,35 @@ def rehearse(s: Session) -> None:
         raise UserError(f"the loss is {s.first_loss} at step {s.step + 1}: look at the data, or try --precision fp32")
 
 
-def out_of_memory(c: TrainConfig) -> RunError:
-    return RunError(
-        f"out of memory with --batch-size {c.batch_size} and --seq-len {c.seq_len}: "
-        f"take --batch-size {max(1, c.batch_size // 2)}; a step stays the same, in more micro-batches"
-    )
+def out_of_memory(c: TrainConfig, begun: bool = False) -> RunError:
+    """What to lower, and by how much. `begun`: a run, which goes on from its last checkpoint with its own batches."""
+    halves = [b for b in range(c.batch_size // 2, 0, -1) if c.total_batch % (b * c.seq_len) == 0]
+    smaller = [name for name, size in SIZES.items() if parameters(size) < parameters(c.model)]
+    if begun or c.resume:
+        remedy = "free the memory that others hold, then continue with --resume"
+        remedy += "" if c.recompute else ", and with --recompute, which keeps less"
+    elif halves:
+        remedy = f"take --batch-size {halves[0]}; a step stays the same, in more micro-batches"
+    elif not c.recompute:
+        remedy = "take --recompute, which keeps less of each block"
+    elif c.seq_len > 1 and c.seq_len % 2 == 0:
+        remedy = f"take --seq-len {c.seq_len // 2}"
+    else:
+        remedy = f"train the preset {smaller[-1]}" if smaller else "take a smaller model"
+    return RunError(f"out of memory with --batch-size {c.batch_size} and --seq-len {c.seq_len}{gpu_memory()}: {remedy}")
+
+
+def parameters(m: GPTConfig) -> int:
+    """Of the matrices, about: enough to say which model is the smaller."""
+    return 12 * m.n_layer * m.n_embd**2 + m.vocab_size * m.n_embd
+
+
+def gpu_memory() -> str:
+    """What this run held at most, and what its GPU has and had left, if CUDA tells."""
+    try:
+        free, total = torch.cuda.mem_get_info()
+        most = torch.cuda.max_memory_allocated()
+    except (RuntimeError, AssertionError):  # no CUDA, or a context that is no more
+        return ""
+    most, free, total = (f"{number / 1e9:.1f}" for number in (most, free, total))
+    return f" (this run held up to {most} GB of the device's {total}, and {free} are free)"

@@ -58,9 +58,10 @@ class Stream:
             return
         name = "val" if self.val_first and not self.shards else self.name
         path = self.folder / f"{name}_{len(self.shards):06d}.bin"
-        write_shard(path, self.pending)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with files.named(path):
+            write_shard(path, self.pending)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.shards.append({"name": path.name, "tokens": self._n, "sha256": digest})
         self._n = 0
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,12 +118,13 @@ class TrainingStep:
             group["lr"] = lr
 
     def update(self) -> Tensor:
-        """Clip, AdamW, no gradients any more; the norm before clipping."""
+        """Clip, AdamW, no gradients any more; the norm before clipping. If it is not finite, AdamW is left out."""
         self.scaler.unscale_(self.optimizer)
         norm = optim.clip(self.optimizer, self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        part(self.optimizer).grad_scale = None  # type: ignore[attr-defined]  # what clip left there
+        local: Any = part(self.optimizer)
+        local.grad_scale = local.found_inf = None  # what clip left there
         self.forget_gradients()
         if self.rounded and not getattr(self.optimizer, "copies", None):
             self.rounded.refresh()

@@ -27,8 +27,10 @@ from gpt2fast.run import Interrupt
 from gpt2fast.sample import sample_text
 from gpt2fast.screen import Screen, header, summary
 from gpt2fast.session import Session, out_of_memory, prepare
+from gpt2fast.spikes import WINDOW, Spikes
 
 LOG_SECONDS = 1.0  # on CUDA, unless --log-every says how many steps
+SCALE_FLOOR = 1.0  # of fp16's loss: a gradient that overflows there overflows by itself
 SUMMARY_STEPS = 20  # the summary's training loss is the mean of so many steps
 
 
@@ -41,7 +43,18 @@ class Log:
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._losses: deque[float] = deque(maxlen=SUMMARY_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=50)
+        self._loss_spikes, self._norm_spikes = Spikes(), Spikes()
+        self.skipped = self.in_a_row = 0  # steps that were left out: of the whole run, and the newest ones
+        for row in metrics.before:
+            if "loss" in row:
+                self._judge(row)
+                self.skipped = row.get("skipped", 0)
         self.start_clock()
+
+    def _judge(self, row: dict) -> dict[str, float]:
+        """Of a row that may have been read from a file, where null stands for what is not finite."""
+        loss, norm = (math.nan if row[name] is None else row[name] for name in ("loss", "grad_norm"))
+        return {"loss_z": self._loss_spikes.z(loss), "norm_z": self._norm_spikes.z(norm)}
 
     def start_clock(self) -> None:
         """What has passed since the last flush belongs to no step."""
@@ -59,7 +72,7 @@ class Log:
         return len(self._pending) >= (every or 1)
 
     def flush(self) -> None:
-        """The one place where the host waits for the device. RunError on a loss or norm that is not finite."""
+        """The one place where the host waits for the device. RunError where too many steps were left out."""
         if not self._pending:
             return
         steps, rates, losses, norms = zip(*self._pending)
@@ -71,13 +84,15 @@ class Log:
         c = self.s.config
         speed = c.total_batch * len(steps) / seconds
         for step, lr, loss, norm in zip(steps, rates, losses, norms):
-            # fp16 gradients may overflow: the scaler then skips the update and lowers the loss scale
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.s.precision == "fp16"):
-                raise RunError(self._not_finite(step, loss, norm))
+            skipped = not (math.isfinite(loss) and math.isfinite(norm))
+            self.skipped += skipped
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": step * c.total_batch}
-            row |= {"tokens_per_s": round(speed, 1), "mfu": self.s.mfu(speed)}
+            row |= {"tokens_per_s": round(speed, 1), "mfu": self.s.mfu(speed), "skipped": self.skipped}
+            row |= self._judge(row)
             self.metrics.write(row)
-            self._losses.append(loss)
+            if math.isfinite(loss):
+                self._losses.append(loss)
+            self._say(row, skipped)
         self.screen.step(row, eta=(c.steps - self.s.step) * median(self._step_seconds))
         self.start_clock()
 
@@ -90,13 +105,27 @@ class Log:
         """Median tokens/s."""
         return self.s.config.total_batch / median(self._step_seconds) if self._step_seconds else math.nan
 
-    def _not_finite(self, step: int, loss: float, norm: float) -> str:
-        kept = checkpoint.list_checkpoints(self.s.checkpoints)
-        good = f"the last good checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
-        return (
-            f"step {step}: loss {loss}, gradient norm {norm}: the run stops and keeps nothing of it; {good}; "
-            "try a lower --lr, a longer --warmup or --precision fp32"
-        )
+    def _say(self, row: dict, skipped: bool) -> None:
+        """What is unusual about a step. RunError if it is one too many that was left out."""
+        step, limit, what = row["step"], self.s.config.skip_limit, f"loss {row['loss']}, norm {row['grad_norm']}"
+        if not skipped:
+            self.in_a_row = 0
+            if 0 < self.s.config.spike < abs(row["loss_z"]):
+                z = f"{row['loss_z']:+.2f} standard deviations from the mean of the last {WINDOW}"
+                self.screen.say(f"step {step}: loss {row['loss']:.3f} is a spike, {z}")
+            return
+        self.screen.say(f"step {step}: left out, {what} ({self.skipped} so far)")
+        if math.isfinite(row["loss"]) and self.s.take_step.scaler.get_scale() > SCALE_FLOOR:
+            return  # how fp16 finds its loss scale
+        self.in_a_row += 1
+        if self.in_a_row >= limit:
+            first = step - limit + 1
+            kept = [path for saved, path in checkpoint.list_checkpoints(self.s.checkpoints) if saved < first]
+            good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint from before"
+            raise RunError(
+                f"step {step}: {what}: --skip-limit {limit} steps in a row were left out; {good}; "
+                "try a lower --lr, a longer --warmup or --precision fp32"
+            )
 
 
 @torch.no_grad()
@@ -141,7 +170,9 @@ def sample(s: Session) -> list[str]:
     return s.world.deal(texts, c.samples)
 
 
-def save(s: Session) -> None:
+def save(s: Session, log: Log) -> None:
+    """As long as steps are being left out, no older checkpoint goes: weights never saw a NaN, but from the newest ones
+    no batch could be computed, and if they are beyond that, what is good is older."""
     state = {
         "position": s.step * s.config.accumulation,  # of the loader: the next batch's number
         "seconds": s.seconds,
@@ -149,7 +180,8 @@ def save(s: Session) -> None:
         "data_fingerprint": s.dataset.fingerprint,
         "config": config.to_dict(s.config),
     }
-    checkpoint.save(s.checkpoints, s.step, s.model, s.take_step.optimizer, state, s.config.keep, s.world)
+    keep = s.config.keep + log.in_a_row
+    checkpoint.save(s.checkpoints, s.step, s.model, s.take_step.optimizer, state, keep, s.world)
 
 
 def draw(s: Session) -> None:
@@ -169,7 +201,7 @@ def events(s: Session, log: Log, interrupt: Interrupt) -> None:
 
     if not any(map(due, (c.val_every, c.hellaswag_every, c.sample_every, c.checkpoint_every))):
         return
-    log.flush()  # a loss that is not finite ends the run here, before it is saved
+    log.flush()  # too many steps that were left out end the run here, before it is saved
     if due(c.val_every) and s.val and (loss := validate(s, interrupt)) is not None:
         log.val_loss = loss
         log.metrics.write({"step": s.step, "val_loss": loss})
@@ -183,7 +215,7 @@ def events(s: Session, log: Log, interrupt: Interrupt) -> None:
             log.metrics.write({"step": s.step, "sample": text})
             log.screen.say(f"step {s.step}: sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
     if due(c.checkpoint_every):
-        save(s)
+        save(s, log)
     log.start_clock()
 
 
@@ -201,7 +233,7 @@ def loop(s: Session, log: Log, interrupt: Interrupt) -> None:
         log.step(lr, *done)
         events(s, log, interrupt)
     log.flush()
-    save(s)
+    save(s, log)
     draw(s)
 
 
@@ -250,12 +282,12 @@ def train(c: TrainConfig, source: str = "settings as given", world: World = ALON
                 log = Log(s, metrics, screen)
                 loop(s, log, interrupt)
         except torch.OutOfMemoryError:
-            raise out_of_memory(c) from None
+            raise out_of_memory(c, begun=True) from None
         except OSError as error:
             where = error.filename or c.folder
-            raise RunError(
-                f"cannot write {where} ({error.strerror}): free some space, then continue with --resume"
-            ) from None
+            saved = checkpoint.list_checkpoints(s.checkpoints)
+            then = "continue with --resume" if saved else f"delete {c.folder}, where no checkpoint is, and begin again"
+            raise RunError(f"cannot write {where} ({error.strerror}): free some space, then {then}") from None
     print(summary(s, log.loss, log.val_loss, log.speed))
     number = world.any(interrupt.signal or 0)
     return 128 + number if number else 0

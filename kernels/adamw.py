@@ -1,4 +1,4 @@
-"""AdamW for all parameters in one launch, and the norm of all gradients in one.
+"""AdamW for all parameters in one launch, behind a tiny one that counts the step; the norm of all gradients in one.
 
     g = dw / shorten,                         shorten = max(1, |all dw| / longest), from the device: nobody waits
     m += (1 - beta1) (g - m),                 v += (1 - beta2) (g^2 - v)
@@ -11,10 +11,12 @@ Traffic   norm: read dw. Update: 28 bytes an element of a matrix of the blocks (
               norm 0.33 GB + update 3.49 GB = 3.81 GB, at 4.3 TB/s 0.89 ms.
           PyTorch's: the blocks' gradients converted to fp32 (2 + 4), norm 4, fused AdamW 28, weights rounded (4 + 2):
               0.51 + 0.50 + 3.49 + 0.51 = 5.00 GB, 1.16 ms, and 1 GB more each further micro-batch rounds its weights.
+Skipping  A step whose `shorten` is not finite (so |all dw| is not) is left out: nothing is written, no step counted,
+          and nobody asks the device. That is why t lies there, and what depends on it is computed there.
 Table     One row of numbers a tensor: the addresses, dtypes, length. Kernels get it from memory, so a launch takes
           any number of tensors; a chunk of elements, a program's share, says which row and where. Addresses are
           compared each step, on the host, and sent again when they have changed.
-Numerics  fp32 inside, whatever the gradient's dtype. What depends on t is computed in float64 on the host. The decay
+Numerics  fp32 inside, whatever the gradient's dtype. What depends on t is computed in float64. The decay
           is subtracted, not multiplied by 1 - lr decay, of which fp32 would keep 4 digits. Squares are summed in fp32,
           in an order that only the sizes fix: the same bits every time.
 Source    Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.
@@ -32,9 +34,11 @@ from gpt2fast.kernels.registration import DTYPES, check_shape, check_tensors
 
 # columns of the table: addresses (0: there is none), dtypes as numbers in DTYPES, elements, and whether every address
 # is a multiple of 16
-G, M, V, W, COPY, G_DTYPE, COPY_DTYPE, SIZE, ALIGNED, COLUMNS = map(tl.constexpr, range(10))
-# columns of the numbers: 1 - beta1, 1 - beta2, eps, lr decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
-BETA1, BETA2, EPS, DECAY, RATE, CORRECTION, NUMBERS = map(tl.constexpr, range(7))
+G, M, V, W, COPY, STEP, G_DTYPE, COPY_DTYPE, SIZE, ALIGNED, COLUMNS = map(tl.constexpr, range(11))
+# columns of the numbers, float64: 1 - beta1, 1 - beta2, eps, lr decay, lr, log2 beta1, log2 beta2 from the host, and
+# from the device lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+BETA1, BETA2, EPS, DECAY, LR, LOG2_BETA1, LOG2_BETA2, RATE, CORRECTION, NUMBERS = map(tl.constexpr, range(10))
+COUNTED = 128  # tensors whose steps a program counts
 FP32, BF16 = tl.constexpr(DTYPES.index(torch.float32)), tl.constexpr(DTYPES.index(torch.bfloat16))
 
 
@@ -95,16 +99,40 @@ def _chunk(chunks_ptr, table_ptr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _adamw_count_kernel(table_ptr, numbers_ptr, shorten_ptr, n, BLOCK: tl.constexpr):
+    """One step more of each of `n` tensors, unless it is left out, and the numbers that follow from it."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < n
+    step_ptrs = tl.load(table_ptr + row * COLUMNS + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    counts = tl.load(shorten_ptr) < float("inf")
+    t = tl.load(step_ptrs, mask=mask, other=0.0) + tl.where(counts, 1.0, 0.0)
+    tl.store(step_ptrs, t, mask=mask)
+    numbers_ptrs = numbers_ptr + row * NUMBERS
+    log2_beta1 = tl.load(numbers_ptrs + LOG2_BETA1, mask=mask, other=-1.0)
+    log2_beta2 = tl.load(numbers_ptrs + LOG2_BETA2, mask=mask, other=-1.0)
+    lr, t = tl.load(numbers_ptrs + LR, mask=mask, other=0.0), t.to(tl.float64)
+    mask = row < tl.where(counts, n, 0)  # of step 0 there are no such numbers
+    tl.store(numbers_ptrs + RATE, lr / (1 - tl.exp2(t * log2_beta1)), mask=mask)
+    tl.store(numbers_ptrs + CORRECTION, 1 / tl.sqrt(1 - tl.exp2(t * log2_beta2)), mask=mask)
+
+
+@triton.jit
+def _number(numbers_ptr, column):
+    return tl.load(numbers_ptr + column).to(tl.float32)
+
+
+@triton.jit
 def _adamw_kernel(table_ptr, chunks_ptr, numbers_ptr, shorten_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     tensor, row_ptr, first, end, aligned = _chunk(chunks_ptr, table_ptr, CHUNK)
     g_at, m_at, v_at = tl.load(row_ptr + G), tl.load(row_ptr + M), tl.load(row_ptr + V)
     w_at, copy_at = tl.load(row_ptr + W), tl.load(row_ptr + COPY)
     g_dtype, copy_dtype = tl.load(row_ptr + G_DTYPE), tl.load(row_ptr + COPY_DTYPE)
     numbers_ptr += tensor * NUMBERS
-    beta1, beta2 = tl.load(numbers_ptr + BETA1), tl.load(numbers_ptr + BETA2)
-    eps, decay = tl.load(numbers_ptr + EPS), tl.load(numbers_ptr + DECAY)
-    rate, correction = tl.load(numbers_ptr + RATE), tl.load(numbers_ptr + CORRECTION)
+    beta1, beta2 = _number(numbers_ptr, BETA1), _number(numbers_ptr, BETA2)
+    eps, decay = _number(numbers_ptr, EPS), _number(numbers_ptr, DECAY)
+    rate, correction = _number(numbers_ptr, RATE), _number(numbers_ptr, CORRECTION)
     shorten = tl.load(shorten_ptr)
+    end = tl.where(shorten < float("inf"), end, first)  # neither inf nor NaN: else the step is left out
     for start in range(first, end, BLOCK):
         if aligned & (start + BLOCK <= end):
             _update(
@@ -132,7 +160,8 @@ def _adamw_norm_kernel(table_ptr, chunks_ptr, parts_ptr, CHUNK: tl.constexpr, BL
     tl.store(parts_ptr + tl.program_id(0), tl.sum(squares, axis=0))
 
 
-Parameter = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # gradient, weight, exp_avg, exp_avg_sq, copy
+# gradient, weight, exp_avg, exp_avg_sq, copy, step
+Parameter = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
 
 class ParameterTable:
@@ -158,22 +187,27 @@ class ParameterTable:
         self._rows = rows
 
     def set_numbers(self, numbers: Tensor) -> None:
-        """(tensors, NUMBERS) on the host: of this step. A captured graph finds them where the last ones were."""
-        self.numbers = _send(numbers.float(), self.device, self.numbers)
+        """(tensors, LOG2_BETA2 + 1) on the host: of this step. A captured graph finds them where the last ones were."""
+        room = torch.zeros(len(numbers), NUMBERS.value - numbers.shape[1])  # for the device's own
+        self.numbers = _send(torch.cat([numbers.double(), room.double()], 1), self.device, self.numbers)
 
 
-def _row(g: Tensor, w: Tensor, m: Tensor, v: Tensor, copy: Tensor | None) -> tuple[int, ...]:
+def _row(g: Tensor, w: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, step: Tensor) -> tuple[int, ...]:
     addresses = g.data_ptr(), m.data_ptr(), v.data_ptr(), w.data_ptr(), 0 if copy is None else copy.data_ptr()
     dtypes = _DTYPE_NUMBER.get(g.dtype, -1), 0 if copy is None else _DTYPE_NUMBER.get(copy.dtype, -1)
-    return *addresses, *dtypes, w.numel(), int(not any(address % 16 for address in addresses))
+    aligned = not any(address % 16 for address in addresses)
+    return *addresses, step.data_ptr(), *dtypes, w.numel(), int(aligned)
 
 
 _DTYPE_NUMBER = {dtype: i for i, dtype in enumerate(DTYPES)}
 
 
-def _check(device: torch.device, g: Tensor, w: Tensor, m: Tensor, v: Tensor, copy: Tensor | None) -> None:
+def _check(device: torch.device, g: Tensor, w: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, step: Tensor) -> None:
     tensors = {"gradient": g, "exp_avg": m, "exp_avg_sq": v} | ({} if copy is None else {"copy": copy})
-    check_tensors("adamw", weight=w, **tensors)
+    check_tensors("adamw", weight=w, step=step, **tensors)
+    check_shape("adamw", "step", step, ())
+    if step.dtype != torch.float32:
+        raise TypeError(f"adamw: step is {step.dtype}: it must be float32, as torch's own is")
     if w.device != device:
         raise ValueError(f"adamw: a weight is on {w.device} and the first one on {device}: move one of them")
     for name, tensor in tensors.items():
@@ -214,7 +248,14 @@ def gradient_norm(table: ParameterTable) -> Tensor:
 
 
 def adamw_(table: ParameterTable, shorten: Tensor) -> None:
-    """One step of every parameter of `table`, by its numbers; gradients are divided by `shorten` (0-d, fp32)."""
+    """One step of every parameter of `table`, by its numbers; gradients are divided by `shorten` (0-d, fp32). If that
+    is not finite, nothing happens."""
+    if n := len(table.tensors):
+        with torch.cuda.device_of(table.tensors):
+            _adamw_count_kernel[(triton.cdiv(n, COUNTED),)](
+                table_ptr=table.tensors, numbers_ptr=table.numbers, shorten_ptr=shorten, n=n, BLOCK=COUNTED,
+                num_warps=4,
+            )  # fmt: skip
     if len(table.chunks):
         with torch.cuda.device_of(table.chunks):
             _adamw_kernel[(len(table.chunks),)](

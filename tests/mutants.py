@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 OFFSETS = "test_offsets.py"
 ROUNDED = "test_rounded.py"
 EPILOGUE = "test_epilogue.py"
+STEP = "test_skipped.py"
 OF_GPT2FAST = "cache", "cpu", "decode", "graph", "optim", "rounded"  # files of gpt2fast/; all others are of kernels/
 MUTANTS = [
     Mutant("gelu", "x * x * CUBIC", "x * x * THREE_CUBIC", "another cubic term"),
@@ -157,6 +158,9 @@ MUTANTS = [
     Mutant("adamw", "tl.minimum(first + CHUNK, tl.load(row_ptr + SIZE))", "tl.load(row_ptr + SIZE)",
            "chunks overlap"),
     Mutant("adamw", "squares += g * g", "squares = g * g", "a norm of the last blocks"),
+    Mutant("adamw", "end = tl.where(shorten < float(\"inf\"), end, first)", "end = end", "NaN gradients are taken",
+           STEP),
+    Mutant("adamw", "tl.where(counts, 1.0, 0.0)", "1.0", "steps that are left out are counted", STEP),
     Mutant("adamw", "if rows == self._rows:", "if self._rows:", "addresses of the first step"),
     Mutant("adamw", "triton.cdiv(size, launch.adamw_chunk().CHUNK)", "size // launch.adamw_chunk().CHUNK",
            "the last chunk is missing"),
@@ -194,10 +198,12 @@ MUTANTS = [
     Mutant("cpu", "zip(a.chunk(2), y.chunk(2))", "zip(a.chunk(2)[:1], y.chunk(2))", "half of the rows is not written"),
     Mutant("graph", "place.copy_(tensor, non_blocking=True)", "pass", "the recorded batch, again and again"),
     Mutant("graph", "\"next\" if i else \"first\"", "\"first\"", "gradients of the last micro-batch only"),
-    Mutant("graph", "        self.optimizer.count()\n", "", "moments are corrected as of the recorded step"),
+    Mutant("graph", "        self.optimizer.send_numbers()\n", "", "the settings of the recorded step"),
     Mutant("graph", "        self.set_rate(lr)\n", "", "the recorded learning rate"),
-    Mutant("optim", "state[\"step\"].cpu()", "state[\"step\"] + 1", "a resumed run counts one step more",
-           "test_adamw.py"),
+    Mutant("optim", "optimizer.found_inf = (~norm.isfinite()).float()", "pass", "NaN gradients are taken", STEP),
+    Mutant("optim", "            optimizer.zero_grad(set_to_none=True)\n", "            pass\n",
+           "NaN gradients are taken where AdamW is not fused", STEP),
+    Mutant("optim", " and not getattr(self, \"found_inf\", None)", "", "NaN gradients of copies are taken", STEP),
     Mutant("optim", "g = g.float() / shorten", "g = g.float()", "gradients are not clipped", ROUNDED),
     Mutant("optim", "1 - lr * group", "1 - 0 * group", "no weight decay", ROUNDED),
     Mutant("optim", "1 - beta2**step", "1 - beta2", "v without its correction", ROUNDED),

@@ -170,7 +170,7 @@ def test_any_address_and_nothing_around_is_touched(size, part, device):
     optimizer = ours_make([weight], lr=LR)
     optimizer.copies = {weight: copy}
     optimizer.state[weight] = {
-        "step": torch.zeros(()), "exp_avg": tensors["exp_avg"], "exp_avg_sq": torch.zeros_like(weight)
+        "step": torch.zeros((), device=device), "exp_avg": tensors["exp_avg"], "exp_avg_sq": torch.zeros_like(weight)
     }  # fmt: skip
     copy.grad, plain.grad = tensors["gradient"], tensors["gradient"].float()
     optimizer.step()
@@ -198,7 +198,7 @@ def test_gradients_of_any_strides(device):
 
 @pytest.mark.parametrize("first", ["ours", "torch's"])
 def test_either_goes_on_where_the_other_stopped(first, device):
-    """By state_dict, after three steps of five; what fused=True says of where "step" lies is each one's own."""
+    """By state_dict, after three steps of five."""
     one, other = ours(device), torchs(device)
     if first != "ours":
         one, other = other, one
@@ -242,20 +242,22 @@ def test_a_checkpoint_of_either_is_one_of_the_other(tmp_path, device):
 
 
 def test_the_numbers_of_a_step_stay_where_they_are(device):
-    """`count` alone moves the step on: a captured graph of `update` reads the new numbers at the old place."""
+    """`update` counts the step, and a captured graph of it reads what `send_numbers` sent at the old place."""
     run, other = ours(device), ours(device)
     table, places = run.optimizer._table, set()
     for step in (0, 2):
         run.give_gradients(step), other.give_gradients(step)
         for group in (*run.optimizer.param_groups, *other.optimizer.param_groups):
             group["lr"] = LR / (1 + step)
-        run.optimizer.count()
+        run.optimizer.send_numbers()
         places.add(table.numbers.data_ptr())
         assert len(places) == 1
         assert table.numbers.shape == (len(WEIGHTS), NUMBERS.value)
-        expected = torch.full((len(WEIGHTS),), (1 - optim.BETAS[1] ** (1 + step // 2)) ** -0.5)
-        torch.testing.assert_close(table.numbers[:, CORRECTION.value].cpu(), expected)
         run.optimizer.update(), other.optimizer.step()
+        assert table.numbers.data_ptr() in places
+        expected = (1 - optim.BETAS[1] ** (1 + step // 2)) ** -0.5
+        expected = torch.full((len(WEIGHTS),), expected, dtype=torch.float64)
+        torch.testing.assert_close(table.numbers[:, CORRECTION.value].cpu(), expected, rtol=1e-13, atol=0)
     assert all(map(torch.equal, run.results().values(), other.results().values()))
 
 
@@ -275,7 +277,7 @@ def test_a_captured_update_takes_the_numbers_of_its_step(device):
         for run in runs:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-        captured.optimizer.count()
+        captured.optimizer.send_numbers()
         graph.replay()
         assert torch.equal(norm, plain.step(2, 0.5))
     assert all(map(torch.equal, captured.results().values(), plain.results().values()))
@@ -295,8 +297,8 @@ def test_grad_scaler_may_leave_a_step_out(device):
 
 
 def bad(**changes) -> list:
-    row = {name: torch.zeros(6) for name in ("gradient", "weight", "exp_avg", "exp_avg_sq")} | {"copy": None}
-    return list((row | changes).values())
+    row = {name: torch.zeros(6) for name in ("gradient", "weight", "exp_avg", "exp_avg_sq")}
+    return list((row | {"copy": None, "step": torch.zeros(())} | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,8 @@ def bad(**changes) -> list:
         ({"gradient": torch.zeros(6).double()}, TypeError, "gradient is torch.float64: it must be float32, bfloat16"),
         ({"gradient": torch.zeros(7)}, ValueError, r"gradient has shape \(7,\): it must be \(6,\)"),
         ({"exp_avg": torch.zeros(12)[::2]}, ValueError, r"exp_avg has strides \(2,\): it must be contiguous"),
+        ({"step": torch.zeros(1)}, ValueError, r"step has shape \(1,\): it must be \(\)"),
+        ({"step": torch.zeros(()).double()}, TypeError, "step is torch.float64: it must be float32"),
         ({"exp_avg": torch.zeros(6, device="meta")}, ValueError, "weight is on cpu and exp_avg on meta: move one"),
     ],
     ids=str,

@@ -60,10 +60,11 @@ ARROWS = {
     "optim pretrained run step tokenizer weights",
     "shards": "data errors files model sources",
     "sources": "errors",
+    "spikes": "",
     "step": "device distributed model optim rounded",
     "tokenizer": "errors",
     "train": "allocator checkpoint config device distributed errors evaluate files hellaswag machine optim plot run "
-    "sample screen session",
+    "sample screen session spikes",
     "weights": "containers errors huggingface layout llmc model nanogpt openai",
 }
 

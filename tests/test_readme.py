@@ -58,6 +58,15 @@ def test_every_link_leads_somewhere():
     assert [link for link in links if not (CHECKOUT / link).exists()] == []
 
 
+def test_each_fault_in_the_table_has_the_test_that_it_names():
+    text = (CHECKOUT / "README.md").read_text()
+    lines = re.search(r"<!-- faults -->\n(.*?)<!-- /faults -->", text, re.DOTALL)[1].splitlines()[2:]
+    named = [re.fullmatch(r"\| .* \| `(test_\w+)` \|", line)[1] for line in lines]
+    tests = "".join(path.read_text() for path in (CHECKOUT / "tests").glob("test_*.py"))
+    assert len(named) == len(set(named)) > 10
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
 @pytest.mark.slow
 def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_module):
     """After the main command, in one folder, as a reader would."""
