@@ -25,6 +25,7 @@ def header(s: Session, source: str) -> str:
     if s.precision != "fp32":
         precision += [f"residual stream {s.stream}"]
     precision += ["compiled" if s.compile else "not compiled"]
+    precision += ["deterministic"] if c.deterministic else []
     precision += ["blocks recomputed in backward"] if c.recompute else []
     expected = math.log(m.vocab_size)
     untrained = not s.step and c.init_from is None

@@ -13,7 +13,7 @@ import torch
 from gpt2fast import auto, checkpoint, config, corpus, data, flops, hellaswag, ops, optim, pretrained, run, tokenizer
 from gpt2fast.config import TrainConfig
 from gpt2fast.data import Dataset, Loader
-from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_tf32
+from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_deterministic, set_tf32
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.graph import GraphedStep
 from gpt2fast.hellaswag import Example
@@ -67,6 +67,7 @@ class Session:
         return {
             "device": str(self.device),
             "device_name": device_name(self.device),
+            "torch": torch.__version__,
             "precision": self.precision,
             "residual": self.stream,
             "compile": self.compile,
@@ -106,6 +107,7 @@ def prepare(c: TrainConfig) -> Session:
     train = Loader(dataset.train, c.batch_size, c.seq_len, c.model.vocab_size, c.shuffle, c.seed)
 
     set_tf32(device, c.tf32)
+    set_deterministic(device, c.deterministic)
     compiled = compiling_pays(c, device) if c.compile == "auto" else c.compile == "on"
     low = stream_is_low(c, device, precision)
     choice = choose_ops(c, device, precision, compiled, low)
@@ -141,6 +143,7 @@ def prepare(c: TrainConfig) -> Session:
     )
     if c.resume:
         load_checkpoint(s)
+        check_same_bits(s)
     rehearse(s)
     return s
 
@@ -268,6 +271,20 @@ def load_checkpoint(s: Session) -> None:
     if s.take_step.scaler.is_enabled() and state["scaler"]:
         s.take_step.scaler.load_state_dict(state["scaler"])
     s.step, s.seconds = step, state["seconds"]
+
+
+def check_same_bits(s: Session) -> None:
+    """UserError where --deterministic would go on with other bits than the run began with."""
+    before, was = config.read_record(s.config.folder)
+    if not (s.config.deterministic and before.deterministic):
+        return
+    now = s.resolved
+    for name in ("device_name", "torch", "precision", "residual", "compile", "cuda_graph", "optimizer", "ops"):
+        if was[name] != now[name]:
+            raise UserError(
+                f"run {s.config.folder} had {name} = {was[name]}, and now it is {now[name]}: its bits would change, "
+                "which --deterministic rules out: go back (OMP_NUM_THREADS sets threads), or add --no-deterministic"
+            )
 
 
 def rehearse(s: Session) -> None:

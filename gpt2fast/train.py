@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt2fast import checkpoint, config, hellaswag, machine, optim, plot, run
 from gpt2fast.allocator import keep_freed_memory
 from gpt2fast.config import TrainConfig
-from gpt2fast.device import autocast, use_allowed_cores
+from gpt2fast.device import any_algorithm, autocast, use_allowed_cores
 from gpt2fast.errors import RunError, run_main
 from gpt2fast.evaluate import split_loss
 from gpt2fast.files import write_atomic
@@ -124,9 +124,10 @@ def judge(s: Session, interrupt: Interrupt) -> hellaswag.Score | None:
 def sample(s: Session) -> str:
     """A text that depends on the weights and (seed, step) alone."""
     c = s.config
-    return sample_text(
-        s.model, c.prompt, c.sample_tokens, precision=s.precision, seed=c.seed + s.step, vocab_file=c.tokenizer_file
-    )
+    with any_algorithm():
+        return sample_text(
+            s.model, c.prompt, c.sample_tokens, precision=s.precision, seed=c.seed + s.step, vocab_file=c.tokenizer_file
+        )
 
 
 def save(s: Session) -> None:
