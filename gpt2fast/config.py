@@ -81,6 +81,9 @@ class TrainConfig:
     backward, a third more of its work."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on CUDA; on a CPU that has a C++ compiler in a run of more than about five minutes."""
+    deterministic: bool = False
+    """The same bits from every run with the same settings, device and versions, on CUDA at the price of some speed, and
+    on a CPU with as many threads; refused where that cannot be promised. Sampled texts on CUDA are not included."""
     cuda_graph: bool = False
     """Record the step as CUDA graphs and replay it: faster where a step is so small that launching takes the time."""
 
@@ -157,7 +160,7 @@ CHANGEABLE = {
     "grad_clip", "optimizer", "device", "precision", "tf32", "residual", "zero", "recompute", "compile", "cuda_graph",
     "out", "run", "resume", "stop_at", "log_every", "val_every", "val_batches", "hellaswag", "hellaswag_every",
     "sample_every", "samples", "sample_tokens", "prompt", "checkpoint_every", "keep", "skip_limit", "spike",
-    "tensorboard",
+    "tensorboard", "deterministic",
 }  # fmt: skip
 
 
@@ -228,6 +231,11 @@ def check(config: TrainConfig, ranks: int = 1) -> None:
             f"--total-batch {c.total_batch} is {c.accumulation} micro-batches of B*T = {c.batch_size}*{c.seq_len}, and "
             f"{ranks} processes cannot share them evenly: start a number that divides {c.accumulation}, or lower "
             "--batch-size"
+        )
+    if c.deterministic and c.backend == "auto":
+        raise UserError(
+            "--backend auto picks ops by time, so two runs may differ, and --deterministic promises that they do not: "
+            "name --backend torch or triton"
         )
     if c.warmup > c.steps:
         raise UserError(

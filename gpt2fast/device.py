@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,38 @@ def set_tf32(device: torch.device, on: bool) -> None:
     """fp32 matmuls on CUDA tensor cores with 10 mantissa bits, or exact."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
+
+
+def set_deterministic(device: torch.device, on: bool) -> None:
+    """Algorithms that give the same bits every time, or the fastest. torch raises where an operation has no such.
+
+    torch extends it to SDPA (flash with ordered sums, memory-efficient with keys in one piece, cuDNN not at all) and to
+    Inductor, which then measures no candidates.
+    """
+    if on and device.type == "mps":
+        raise UserError("--deterministic is for CPU and CUDA: torch's embedding has no such gradient on MPS")
+    if on and device.type == "cuda":
+        # cuBLAS reads it when it starts, and torch refuses to multiply with any other
+        given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if given not in (":4096:8", ":16:8"):
+            raise UserError(f"CUBLAS_WORKSPACE_CONFIG is {given}: --deterministic needs :4096:8 or :16:8, or none set")
+    if on != torch.are_deterministic_algorithms_enabled():  # the call alone imports Inductor, in two seconds
+        torch.use_deterministic_algorithms(on)
+    # NaN in all new memory finds who reads what nobody wrote, in a pass over it each time; tests find that too
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module, made at run time
+
+
+@contextlib.contextmanager
+def any_algorithm() -> Iterator[None]:
+    """Within it, operations that have no deterministic algorithm run: torch 2.11's cumsum on CUDA is one."""
+    on = torch.are_deterministic_algorithms_enabled()
+    if on:
+        torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        if on:
+            torch.use_deterministic_algorithms(True)
 
 
 def use_allowed_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> None:

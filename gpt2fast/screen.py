@@ -25,6 +25,7 @@ def header(s: Session, source: str) -> str:
     if s.precision != "fp32":
         precision += [f"residual stream {s.stream}"]
     precision += ["compiled" if s.compile else "not compiled"]
+    precision += ["deterministic"] if c.deterministic else []
     precision += ["blocks recomputed in backward"] if c.recompute else []
     ranks = f"{s.world.size} processes x " if s.world.size > 1 else ""
     expected = math.log(m.vocab_size)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2fast import auto, checkpoint, config, corpus, data, flops, hellaswag, ops, optim, pretrained, run, tokenizer
 from gpt2fast.config import TrainConfig
 from gpt2fast.data import Dataset, Loader
-from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_tf32
+from gpt2fast.device import Precision, device_name, pick_device, pick_precision, set_deterministic, set_tf32
 from gpt2fast.distributed import ALONE, World, part
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.graph import GraphedStep
@@ -77,6 +77,7 @@ class Session:
             "device": str(self.device),
             "device_name": device_name(self.device),
             "ranks": self.world.size,
+            "torch": torch.__version__,
             "precision": self.precision,
             "residual": self.stream,
             "compile": self.compile,
@@ -122,6 +123,7 @@ def prepare(c: TrainConfig, world: World = ALONE) -> Session:
     train = Loader(dataset.train, c.batch_size, c.seq_len, c.model.vocab_size, c.shuffle, c.seed)
 
     set_tf32(device, c.tf32)
+    set_deterministic(device, c.deterministic)
     compiled = compiling_pays(c, device) if c.compile == "auto" else c.compile == "on"
     low = stream_is_low(c, device, precision)
     choice = choose_ops(c, device, precision, compiled, low) if world.main else None
@@ -161,6 +163,7 @@ def prepare(c: TrainConfig, world: World = ALONE) -> Session:
     )
     if c.resume:
         load_checkpoint(s)
+        check_same_bits(s)
     world.check_same({"step": s.step, "data_fingerprint": dataset.fingerprint})
     rehearse(s)
     return s
@@ -293,6 +296,20 @@ def load_checkpoint(s: Session) -> None:
     s.step, s.seconds = step, state["seconds"]
 
 
+def check_same_bits(s: Session) -> None:
+    """UserError where --deterministic would go on with other bits than the run began with."""
+    before, was = config.read_record(s.config.folder)
+    if not (s.config.deterministic and before.deterministic):
+        return
+    now = s.resolved
+    for name in ("device_name", "ranks", "torch", "precision", "residual", "compile", "cuda_graph", "optimizer", "ops"):
+        if was[name] != now[name]:
+            raise UserError(
+                f"run {s.config.folder} had {name} = {was[name]}, and now it is {now[name]}: its bits would change, "
+                "which --deterministic rules out: go back (OMP_NUM_THREADS sets threads), or add --no-deterministic"
+            )
+
+
 def rehearse(s: Session) -> None:
     """Compile the step, see that it fits into memory, time it, and look at the loss; the model stays as it is."""
     if s.compile:
@@ -336,5 +353,5 @@ def gpu_memory() -> str:
         most = torch.cuda.max_memory_allocated()
     except (RuntimeError, AssertionError):  # no CUDA, or a context that is no more
         return ""
-    most, free, total = (f"{number / 1e9:.1f}" for number in (most, free, total))
-    return f" (this run held up to {most} GB of the device's {total}, and {free} are free)"
+    gigabytes = [f"{number / 1e9:.1f}" for number in (most, total, free)]
+    return " (this run held up to {} GB of the device's {}, and {} are free)".format(*gigabytes)

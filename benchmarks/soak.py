@@ -1,0 +1,168 @@
+"""Does a long run stay as it began? `python -m benchmarks.soak`: thousands of small steps, watched from outside.
+
+A real training process with all that a run does between its steps: validation, samples, loss.png, checkpoints. Every
+so often its resident memory, open files, threads and processor time are read from /proc. Afterwards: memory's slope by
+least squares without the first fifth; no more files and threads than there were then; processor time of a step in the
+last fifth beside the second (others may share the machine); and metrics.jsonl, where every step stands once, in order.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from benchmarks import harness, small
+from gpt2fast import machine, run, train
+from gpt2fast.errors import UserError, run_main
+
+PROC = Path("/proc")
+SLOWER = 0.1  # of a step's time that is noise at least
+BLOCKS = 10  # parts of a fifth of the run, whose spread is the noise
+
+
+def sample(pid: int, start: float) -> dict:
+    """What /proc says of a process now."""
+    pages = int((PROC / str(pid) / "statm").read_text().split()[1])
+    times = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[11:13]  # user and system
+    return {
+        "seconds": round(time.monotonic() - start, 3),
+        "cpu_seconds": sum(map(int, times)) / os.sysconf("SC_CLK_TCK"),
+        "rss": pages * os.sysconf("SC_PAGE_SIZE"),
+        "files": len(os.listdir(PROC / str(pid) / "fd")),
+        "threads": len(os.listdir(PROC / str(pid) / "task")),
+    }
+
+
+def watch(process: BaseProcess, metrics: Path, every: int) -> list[dict]:
+    """A sample after each `every` steps until the process ends; `step` is the last whose row was there."""
+    start, samples, last, read = time.monotonic(), [], 0, 0
+    while process.is_alive():
+        process.join(0.01)
+        if not metrics.exists():
+            continue
+        with metrics.open() as file:
+            file.seek(read)
+            lines = [line for line in file.read().splitlines(keepends=True) if line.endswith("\n")]
+        read += sum(map(len, lines))  # all of it is ASCII
+        steps = [json.loads(line)["step"] for line in lines]
+        if steps and steps[-1] // every > last // every:
+            try:
+                samples.append({"step": steps[-1]} | sample(process.pid, start))
+            except (OSError, ValueError, IndexError):  # it has just ended
+                break
+        last = steps[-1] if steps else last
+    process.join()
+    return samples
+
+
+def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of the line through (x, y) by least squares, and its standard error."""
+    x_mean, y_mean = (statistics.fmean(values) for values in zip(*points))
+    xx = sum((x - x_mean) ** 2 for x, _ in points)
+    b = sum((x - x_mean) * (y - y_mean) for x, y in points) / xx
+    rest = sum((y - y_mean - b * (x - x_mean)) ** 2 for x, y in points)
+    return b, math.sqrt(rest / (len(points) - 2) / xx)
+
+
+def step_times(samples: Sequence[dict], low: float, high: float) -> list[float]:
+    """Processor seconds a step in BLOCKS parts of the run's steps between two shares of it."""
+    total = samples[-1]["step"]
+    part = [row for row in samples if low * total <= row["step"] <= high * total]
+    edges = [part[round(i * (len(part) - 1) / BLOCKS)] for i in range(BLOCKS + 1)]
+    pairs = [(a, b) for a, b in itertools.pairwise(edges) if b["step"] > a["step"]]
+    return [(b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
+
+
+def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: float) -> dict:
+    """What the samples and metrics.jsonl come to; "faults" says what is wrong, in words."""
+    warm = [row for row in samples if row["step"] >= steps / 5]
+    growth, error = slope([(row["step"] / 1000, row["rss"]) for row in warm])
+    early, late = step_times(samples, 0.2, 0.4), step_times(samples, 0.8, 1.0)
+    before, after = statistics.fmean(early), statistics.fmean(late)
+    noise = 3 * math.hypot(*(statistics.stdev(part) / math.sqrt(len(part)) for part in (early, late)))
+    settled = {name: max(row[name] for row in warm[: max(1, len(warm) // 4)]) for name in ("files", "threads")}
+    found = {
+        "rss_per_1000_steps": round(growth), "rss_standard_error": round(error), "rss_limit": round(limit),
+        "rss_first": samples[0]["rss"], "rss_last": samples[-1]["rss"],
+        "files": [settled["files"], max(row["files"] for row in warm)],
+        "threads": [settled["threads"], max(row["threads"] for row in warm)],
+        "cpu_ms_second_fifth": before * 1e3, "cpu_ms_last_fifth": after * 1e3, "noise_ms": noise * 1e3,
+        "validations": sum("val_loss" in row for row in rows), "samples": sum("sample" in row for row in rows),
+    }  # fmt: skip
+    faults = []
+    if growth - 2 * error > limit:
+        faults.append(f"memory grows by {growth:,.0f} bytes in 1000 steps, more than {limit:,.0f}")
+    faults += [f"open {name} grew from {a} to {b}" for name in ("files", "threads") for a, b in [found[name]] if b > a]
+    if after - before > max(noise, SLOWER * before):
+        faults.append(f"a step took {before * 1e3:.2f} ms of a processor and then {after * 1e3:.2f}")
+    if [row["step"] for row in rows if "loss" in row] != list(range(1, steps + 1)):
+        faults.append(f"metrics.jsonl does not hold each of {steps} steps once, in order")
+    return found | {"faults": faults}
+
+
+def soak(folder: Path, steps: int, every: int, limit: float, do: Callable[..., int]) -> tuple[list[dict], dict]:
+    """Train for `steps` steps in `folder`, an event of each kind after each `every` -> samples and what they say."""
+    small.write_data(folder)
+    flags = ["--val-every", every, "--val-batches", 2, "--sample-every", every, "--sample-tokens", 4]
+    flags += ["--checkpoint-every", every, "--keep", 2, "--steps", steps, "--run", "soak"]
+    process = small.start(folder, *small.FLAGS, *map(str, flags), do=do)
+    out = folder / "out" / "soak"
+    samples = watch(process, out / "metrics.jsonl", max(1, every // 4))
+    if process.exitcode:
+        raise UserError(f"the run ended with {process.exitcode}: {small.said(folder)}")
+    kept = [path.name for path in (out / "checkpoints").iterdir()]
+    found = judge(samples, run.read_metrics(out / "metrics.jsonl"), steps, limit)
+    if len(kept) != 2:
+        found["faults"].append(f"{len(kept)} folders are left of checkpoints, not 2: {', '.join(sorted(kept))}")
+    return samples, {"steps": steps, "every": every, **found}
+
+
+def describe(found: dict) -> str:
+    return "\n".join([
+        f"memory  {found['rss_per_1000_steps'] / 2**10:+,.1f} KiB in 1000 steps, standard error "
+        f"{found['rss_standard_error'] / 2**10:,.1f}; {found['rss_first'] / 2**20:,.1f} MiB at the first sample, "
+        f"{found['rss_last'] / 2**20:,.1f} at the last",
+        *(f"{name:<8}{found[name][0]} early on, at most {found[name][1]} later" for name in ("files", "threads")),
+        f"step    {found['cpu_ms_second_fifth']:.2f} ms of a processor in the second fifth, "
+        f"{found['cpu_ms_last_fifth']:.2f} in the last",
+        *(f"FAULT   {fault}" for fault in found["faults"]),
+    ])  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
+    p.add_argument("--steps", type=int, default=5000)
+    p.add_argument("--every", type=int, default=100, help="steps between events")
+    p.add_argument("--limit", type=float, default=1024, help="KiB that memory may grow by in 1000 steps")
+    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
+    return p
+
+
+def main(argv: Sequence[str], do: Callable[[Sequence[str]], int] = train.main) -> int:
+    options = parser().parse_args(argv)
+    if not (PROC / "self" / "statm").exists():
+        raise UserError("/proc/self/statm is missing: memory is read there, which only Linux has")
+    if options.every < 1 or options.steps < 10 * options.every:
+        raise UserError(f"--steps is {options.steps} and --every {options.every}: ten events at least make a line")
+    path = options.file or harness.results_file("soak")
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        samples, found = soak(Path(folder), options.steps, options.every, options.limit * 2**10, do)
+    for row in samples:
+        harness.append_row(path, {"suite": "soak", **row})
+    seconds = round(time.monotonic() - start, 1)
+    harness.append_row(path, {"suite": "soak", "seconds": seconds, **found, "machine": machine.record()})
+    print(describe(found))
+    print(f"{options.steps} steps in {seconds:,.0f} s; rows in {path}")
+    return int(bool(found["faults"]))
+
+
+if __name__ == "__main__":
+    run_main(main)
