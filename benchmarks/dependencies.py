@@ -1,7 +1,8 @@
 """What gpt2fast stands on: `python -m benchmarks.dependencies --out benchmarks/results/dependencies.jsonl`.
 
 A row for each package that pyproject.toml names and this environment has: version, licence, megabytes of its own files,
-megabytes that would be gone without it (its own and what nobody else needs), and whether starting to train imports it.
+megabytes that would be gone without it (its own and what nobody else needs; extras do not count as somebody, except for
+each other), and whether starting to train imports it.
 `--constraints` prints the exact version of all that `.[test]` installs instead, to be written to constraints.txt, and
 `--changed` what in this environment is not of the version written there: whom to suspect when CI has turned red.
 """
@@ -129,19 +130,28 @@ def changed() -> list[str]:
 
 def rows() -> list[dict]:
     packages = {name: extras for name, (_, extras) in declared().items() if installed(name)}
-    imported = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True, cwd=harness.ROOT)
-    found, record, total = [], machine.record(), sum(map(size, closure(list(packages))))
-    for name, extras in packages.items():
-        rest = closure([other for other in packages if other != name])
-        found.append(
-            {
-                "suite": "dependencies", "name": name, "version": distribution(name).version, "extras": extras,
-                "licence": licence(name), "megabytes": round(size(name) / 1e6, 1),
-                "saved": round((total - sum(map(size, rest))) / 1e6, 1),
-                "at_start": name.replace("-", "_") in imported.stdout.split(), "machine": record,
-            }  # fmt: skip
-        )
-    return found
+    probe = [sys.executable, "-c", PROBE]
+    imported = subprocess.run(probe, check=True, capture_output=True, text=True, cwd=harness.ROOT).stdout.split()
+    return [
+        {
+            "suite": "dependencies",
+            "name": name,
+            "version": distribution(name).version,
+            "extras": extras,
+            "licence": licence(name),
+            "megabytes": round(size(name) / 1e6, 1),
+            "saved": round(saved(name, [other for other in packages if extras or not packages[other]]) / 1e6, 1),
+            "at_start": name.replace("-", "_") in imported,
+            "machine": machine.record(),
+        }
+        for name, extras in packages.items()
+    ]
+
+
+def saved(name: str, beside: Sequence[str]) -> int:
+    """Bytes that these packages would need less if this one were not among them."""
+    gone = closure(beside) - closure([other for other in beside if other != name])
+    return sum(map(size, gone))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Each dependency has a reason, a measured row and a version that is known to work, within what pyproject.toml allows."""
+"""Each dependency has a reason, a measured row and a version known to work, within what pyproject.toml allows."""
 
 import json
 import re
@@ -56,6 +56,9 @@ def test_what_is_saved_is_the_package_and_what_nobody_else_needs(monkeypatch):
     monkeypatch.setattr(dependencies, "needs", lambda name, extras=(): [(other, ()) for other in needed[name]])
     assert dependencies.closure(["a", "e"]) == set("abcde")
     assert dependencies.closure(["e", "missing"]) == set("be")
+    monkeypatch.setattr(dependencies, "size", lambda name: {"a": 1, "b": 10, "c": 100, "d": 1000, "e": 10000}[name])
+    assert dependencies.saved("a", ["a", "e"]) == 1101  # b is needed by e too
+    assert dependencies.saved("a", ["a", "c"]) == 11
 
 
 def test_a_package_of_another_version_is_named(tmp_path, monkeypatch):
