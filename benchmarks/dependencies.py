@@ -109,9 +109,10 @@ def size(name: str) -> int:
 def licence(name: str) -> str:
     found = installed(name)
     assert found
+    expression, text = (found.metadata.get_all(name) or [""] for name in ("License-Expression", "License"))
     kinds = [kind for kind in found.metadata.get_all("Classifier") or [] if kind.startswith("License ::")]
-    words = found.metadata.get("License-Expression") or (kinds and kinds[0].rpartition(" :: ")[2])
-    return words or (found.metadata.get("License") or "not said").partition("\n")[0]  # some put the whole text there
+    classified = kinds[0].rpartition(" :: ")[2] if kinds else ""
+    return expression[0] or classified or text[0].partition("\n")[0] or "not said"  # some put the whole text there
 
 
 def constraints() -> list[str]:
