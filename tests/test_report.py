@@ -47,8 +47,14 @@ def profile(backend: str) -> dict:
 
 def tables(results) -> dict[str, str]:
     """Of these rows, and of the repository's kernels compiled ahead of time."""
-    shutil.copy(harness.RESULTS / "aot.jsonl", results)
+    copy_whole(results)
     return report.tables(results)
+
+
+def copy_whole(results) -> None:
+    """The two files that are not measured again a part at a time."""
+    for name in ("aot.jsonl", "dependencies.jsonl"):
+        shutil.copy(harness.RESULTS / name, results)
 
 
 def write(results, folder: str, name: str, *found: dict) -> None:
@@ -133,9 +139,10 @@ def checkout(tmp_path):
     write(results, "nvidia-h200", "2026-11-21_aaaaaaa_gpu.jsonl", profile("torch"), profile("triton"),
           *(kernel(name, ms, way) for name, ms in (("eager", 0.9), ("triton", 0.4)) for way in ("forward", "both")),
           peer("textbook eager", 400_000, machine=H200), peer("torch compiled", 600_000, machine=H200))  # fmt: skip
-    shutil.copy(harness.RESULTS / "aot.jsonl", results / "aot.jsonl")
-    names = report.tables(results)
-    (tmp_path / "README.md").write_text("\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in names))
+    copy_whole(results)
+    places = "\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in report.tables(results))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        (tmp_path / document).write_text(places)
     return tmp_path
 
 
