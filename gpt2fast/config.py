@@ -75,7 +75,7 @@ class TrainConfig:
     """The residual stream: in fp32, or in autocast's dtype (low). auto: low under bf16 on CUDA; fp16 might overflow."""
     zero: bool = False
     """ZeRO-1: each of many processes keeps the optimizer's state of its share of the weights only, 8 bytes a weight
-    divided by their number. Same bits."""
+    divided by their number. The same bits with torch's AdamW; ours sums up the gradient's norm in another order."""
     recompute: bool = False
     """Activation checkpointing: a block keeps 6 of about 40 bytes a token and unit of width, and runs again in
     backward, a third more of its work."""

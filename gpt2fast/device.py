@@ -53,8 +53,8 @@ def _pick_for_rank(name: str, world: World) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if world.local_rank >= count:
         raise UserError(
-            f"process {world.local_rank} of this machine has no GPU to itself, since torch sees {count}: "
-            f"start torchrun with --nproc-per-node {max(1, count)}, or use --device cpu"
+            f"this machine runs more processes than it has GPUs, of which torch sees {count}: start torchrun with "
+            f"--nproc-per-node {max(1, count)}, or use --device cpu"
         )
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)

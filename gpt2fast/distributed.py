@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -203,8 +204,8 @@ def _join() -> tuple[World, dist.Store]:
 def _leave(world: World, store: dist.Store, error: BaseException) -> NoReturn:
     """Say why, for others to find it, and end at once: what other ranks wait for, or NCCL, may never return."""
     gone = isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or isinstance(error, dist.DistError))
-    text, code = ("", 1) if gone else _cause(error)
-    with contextlib.suppress(RuntimeError):  # the store may be gone too
+    text, code = (f"the others cannot be reached ({_line(error)})", 1) if gone else _cause(error)
+    with contextlib.suppress(RuntimeError):  # without torchrun the store is in rank 0, and gone with it
         if gone:
             text = _who_is_gone(world, store)
         else:
@@ -232,6 +233,8 @@ def _cause(error: BaseException) -> tuple[str, int]:
 def _who_is_gone(world: World, store: dist.Store) -> str:
     """In words, for the first of the survivors; "" for the others."""
     store.set(f"alive/{world.rank}", "")
+    # Closes gloo's connections, so that those notice who only wait for this one. NCCL's may never close: hence a thread
+    threading.Thread(target=dist.destroy_process_group, daemon=True).start()
 
     def silent() -> list[int]:
         return [rank for rank in range(world.size) if not store.check([f"alive/{rank}"])]

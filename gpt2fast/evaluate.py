@@ -180,7 +180,8 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
         path = c.from_ or hellaswag.fetch()
         examples = hellaswag.read(path, c.tokenizer_file)[: c.max_examples]
     model, description = pretrained.load(c.source, device, c.backend)
-    hellaswag.fit(examples, model.config)
+    if examples:
+        hellaswag.fit(examples, model.config)
     T = c.seq_len or (settings.seq_len if settings else model.config.block_size)
     if model.config.block_size < T:
         raise UserError(f"--seq-len {T} is longer than the model's block size {model.config.block_size}: lower it")

@@ -118,7 +118,8 @@ def prepare(c: TrainConfig, world: World = ALONE) -> Session:
         tokenizer.load(c.tokenizer_file)
     weights = initial_weights(c)
     examples = hellaswag.read(c.hellaswag, c.tokenizer_file) if c.hellaswag and c.hellaswag_every else []
-    hellaswag.fit(examples, c.model)
+    if examples:
+        hellaswag.fit(examples, c.model)
     dataset = open_data(c)
     train = Loader(dataset.train, c.batch_size, c.seq_len, c.model.vocab_size, c.shuffle, c.seed)
 
