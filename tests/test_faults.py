@@ -295,8 +295,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         loss = real(self, idx, targets)
         return loss * float("nan") if torch.is_grad_enabled() and calls[0] > 3 + 13 + 3 * 2 else loss
 
-    monkeypatch.setattr(GPT, "forward", forward)  # 3 in rehearsal, 3 validations of 2, so training step 14 is NaN
-    with pytest.raises(RunError, match=r"step 17: loss nan.*--skip-limit 4.*good checkpoint is .*step_00000010"):
+    monkeypatch.setattr(GPT, "forward", forward)  # 3 in rehearsal, 3 validations of 2, so training step 16 is NaN
+    with pytest.raises(RunError, match=r"step 19: loss nan.*--skip-limit 4.*good checkpoint is .*step_00000010"):
         train(c)
     found = checkpoint.list_checkpoints(c.folder / "checkpoints")
     assert [step for step, _ in found] == [10]

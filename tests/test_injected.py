@@ -102,7 +102,7 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, no_picture, code):
         assert not rubbish(c)
         shutil.rmtree(s.checkpoints / "step_00000004", ignore_errors=True)  # it was renamed, and then a sync failed
     shutil.rmtree(c.folder)
-    for k in (1, 9, 20):
+    for k in (1, 5, 9):
         with failing(".step_00000004", k, code) as disk, pytest.raises(RunError, match="step_00000002, which is whole"):
             train(c)
         assert disk.failed
