@@ -39,7 +39,7 @@ def start(folder: Path, *flags: str, do: Callable[[Sequence[str]], int] = train.
     context = get_context("forkserver")
     # the last two are otherwise imported by each process: by its command line, and by --deterministic, in two seconds
     context.set_forkserver_preload(["gpt2fast.train", "tyro", "torch._inductor.config"])
-    process = context.Process(target=_run, args=(folder, do, flags))
+    process = context.Process(target=_run, args=(folder, do, flags), daemon=True)  # ends when we do
     process.start()
     return process
 
