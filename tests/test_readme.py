@@ -29,6 +29,8 @@ SHORT = {
     "benchmarks.peers": "--size nano --device cpu --batch-size 1 --seq-len 32 --steps 1 --warmup 1 --seconds 0.1 "
     "--repetitions 1 --file rows/peers.jsonl --peers 'torch eager'",
     "benchmarks.generate": "--size nano --tokens 3 --prompt 3 --repetitions 1 --file rows/texts.jsonl",
+    "benchmarks.kills": "--kills 2 --file rows/kills.jsonl",
+    "benchmarks.soak": "--steps 60 --every 6 --limit 524288 --file rows/soak.jsonl",
     "benchmarks.report": "--check",  # and not a README written by a test
     "benchmarks.kernels": "--op gelu --tokens 64 --file rows/kernels.jsonl",
     "benchmarks.aot": "--arch 90 --case '124M gelu'",

@@ -1,16 +1,18 @@
 """What a person sees: a terminal gets one live line, a log file plain ones; the plot shows the unigram entropy."""
 
+import gc
 import os
 import pty
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
 from gpt2fast import plot, screen
-from gpt2fast.train import train
+from gpt2fast.train import draw, train
 
 ROW = {"step": 3, "loss": 9.87654, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 123456.7, "mfu": None}
 
@@ -72,6 +74,28 @@ def test_the_plot_has_both_curves_and_the_entropy(tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert drawn == [(5.84, "unigram entropy 5.84: token frequencies only")]
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_long_curve_is_drawn_by_its_lowest_and_highest_points():
+    points = [(i, float(i % 7)) for i in range(20000)]
+    points[12345] = (12345, 99.0)
+    found = plot.envelope(points)
+    assert len(found) <= 2 * plot.COLUMNS
+    assert found == sorted(set(found) & set(points))
+    assert (12345, 99.0) in found
+    assert {y for _, y in found} == {0.0, 6.0, 99.0}
+    assert plot.envelope(points[:2000]) == points[:2000]
+
+
+def test_nothing_is_left_of_a_drawn_figure(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    s = SimpleNamespace(config=SimpleNamespace(folder=tmp_path), dataset=SimpleNamespace(name="data"), entropy=5.0)
+    gc.disable()  # so that none is collected by chance
+    try:
+        draw(s)
+        assert not [each for each in gc.get_objects() if type(each).__name__ == "Figure"]
+    finally:
+        gc.enable()
 
 
 def test_a_run_without_validation_split_says_so(tmp_path, capsys):
