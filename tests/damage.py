@@ -3,8 +3,10 @@
 What is drawn is meant to be nearly sound: random bytes are refused by the first check, and none behind it is tried.
 """
 
+import copy
 import io
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from random import Random
@@ -12,16 +14,28 @@ from random import Random
 INTS = (0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62,
         2**63 - 1, 2**63, 2**64 - 1, -(2**31), -(2**63), 10**9, 10**12, 10**30, 10**400)  # fmt: skip
 FLOATS = (float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 5e-324, 0.5, 2.0)
-TEXTS = ("", ".", "..", "/", "../x", "/etc/passwd", "a\0b", "\ud800", "\u202e", "x" * 300, "NaN", "1", "None", "\x1b[2J",
-         "a/b", "-1", "gpt2", "torch", "٣")  # fmt: skip
+TEXTS = ("", ".", "..", "/", "../x", "/etc/passwd", "a\0b", "\ud800", "\u202e", "x" * 300, "NaN", "1", "None",
+         "\x1b[2J", "a/b", "-1", "gpt2", "torch", "٣")  # fmt: skip
 OTHERS = (None, True, False, [], {}, [[]], {"": None}, [None] * 4, [0] * 8, {"a": {"b": 1}})
-WORDS = (b"\0", b"\xff", b"\x80", b"\n", b'"', b"{", b"[", b"\xff\xff\xff\xff\x7f", b"\x80" * 12, b"PK\x03\x04", b"\r\n")
+WORDS = (
+    b"\0",
+    b"\xff",
+    b"\x80",
+    b"\n",
+    b'"',
+    b"{",
+    b"[",
+    b"\xff\xff\xff\xff\x7f",
+    b"\x80" * 12,
+    b"PK\x03\x04",
+    b"\r\n",
+)
 HEAD = 512  # bytes in which a header lies
 
 
 def value(random: Random) -> object:
     """Any JSON value, of which few fit any field."""
-    return random.choice(random.choice((INTS, FLOATS, TEXTS, OTHERS)))
+    return copy.deepcopy(random.choice(random.choice((INTS, FLOATS, TEXTS, OTHERS))))
 
 
 def in_json(random: Random, data: bytes) -> bytes:
@@ -118,14 +132,17 @@ def in_zip(random: Random, data: bytes, damage: Callable[[Random, bytes], bytes]
     elif how < 0.8:
         del members[i]
     elif how < 0.88:
-        members[i] = random.choice(("../" + name, "/" + name, name + "x", "a\\b", "")), content
+        members[i] = random.choice(("../" + name, "/" + name, name + "x", "a\\b", ".")), content
     elif how < 0.94:
         members.append((name, damage(random, content)))
     else:
         members[i] = name, content + bytes(2**28 if random.random() < 0.1 else 2**16)
     file = io.BytesIO()
     kind = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if len(members[i - len(members)][1]) > 2**20 else kind) as new:
-        for member in members:
-            new.writestr(*member)
+    with (
+        zipfile.ZipFile(file, "w", kind) as new,
+        warnings.catch_warnings(action="ignore"),
+    ):  # a name that is there twice
+        for name, content in members:
+            new.writestr(name, content, zipfile.ZIP_DEFLATED if len(content) > 2**20 else None)
     return file.getvalue()

@@ -7,15 +7,16 @@ finding, not the end. With --record, counts become rows below benchmarks/results
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import resource
-import select
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from targets import TARGETS, Target
 
 from benchmarks import harness
-from gpt2fast import evaluate, machine, sample, train
+from gpt2fast import machine
 from gpt2fast.errors import UserError
 
 BOUND = 2**28
@@ -126,15 +127,14 @@ def apart(name: str, seeds: range) -> tuple[Counter, dict[str, int], int]:
         os.close(reader)
         with os.fdopen(writer, "w", buffering=1) as out, tempfile.TemporaryDirectory(dir=shm()) as work:
             for seed in seeds:
+                faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # also where Python's alarm is not heard
                 out.write(json.dumps([seed, "begun", ""]) + "\n")
                 out.write(json.dumps([seed, *run(TARGETS[name], seed, Path(work))]) + "\n")
         os._exit(0)
     os.close(writer)
     counts, findings, last, n = Counter(), {}, None, 0
     with os.fdopen(reader) as lines:
-        while select.select([lines], [], [], 3 * SECONDS)[0] or os.kill(child, signal.SIGKILL) is None:
-            if not (line := lines.readline()):
-                break
+        for line in lines:
             seed, outcome, what = json.loads(line)
             last = (seed, outcome)
             if outcome != "begun":
@@ -192,9 +192,8 @@ def main() -> int:
     p.add_argument("--seed", type=int, help="this case alone")
     p.add_argument("--record", action="store_true", help="append the counts to benchmarks/results")
     o = p.parse_args()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    for module in (train, sample, evaluate):
-        module.keep_freed_memory = module.use_allowed_cores = lambda: None
     names = [name for name in TARGETS if o.only in name]
     if o.seed is not None:
         with tempfile.TemporaryDirectory() as work:

@@ -21,10 +21,27 @@ import torch
 from safetensors.torch import save
 
 from gpt2fast import (
-    checkpoint, config, data, encoding, evaluate, export, hellaswag, inspect, ops, optim, prepare, pretrained, sample,
-    shards, sources, tokenizer, train, weights,
+    checkpoint,
+    config,
+    data,
+    encoding,
+    evaluate,
+    export,
+    hellaswag,
+    inspect,
+    ops,
+    optim,
+    prepare,
+    pretrained,
+    sample,
+    shards,
+    sources,
+    tokenizer,
+    train,
+    weights,
 )  # fmt: skip
 from gpt2fast.config import PRESETS
+from gpt2fast.errors import UserError
 from gpt2fast.model import GPT
 from gpt2fast.openai import _masked_crc32c
 
@@ -151,18 +168,28 @@ def openai(*names: str) -> Callable[[], Files]:
     return lambda: {name: (OPENAI / name).read_bytes() for name in ("hparams.json", *names)}
 
 
+@functools.cache
+def blocks() -> list[tuple[int, int]]:
+    """Where the index's blocks begin, and where each has its checksum: behind its kind, 0."""
+    whole = (OPENAI / "model.ckpt.index").read_bytes()
+    starts = (0, *range(len(whole) - 250, len(whole)))
+    ends = [i + 1 for i in range(len(whole) - 4) if whole[i] == 0]
+    return [
+        (start, end)
+        for end in ends
+        for start in (starts if end > len(whole) - 250 else (0,))
+        if whole[end : end + 4] == _masked_crc32c(whole[start:end]).to_bytes(4, "little")
+    ]
+
+
 def mend_table(files: Files) -> Files:
-    """The checksum of each block that the footer and the sound index name."""
+    """The checksum of each block, where it was."""
     name, whole = "model.ckpt.index", TARGETS["openai"].sound["model.ckpt.index"]
     if not isinstance(files[name], bytes) or len(files[name]) != len(whole):
         return files
-    table, i = bytearray(files[name]), 0
-    while (i := whole.find(b"\0", i)) >= 0:  # a block ends with its kind, 0, and a checksum
-        i += 1
-        for start in (0, *range(max(0, i - 200), i)):
-            if whole[i : i + 4] == _masked_crc32c(whole[start:i]).to_bytes(4, "little"):
-                table[i : i + 4] = _masked_crc32c(bytes(table[start:i])).to_bytes(4, "little")
-                break
+    table = bytearray(files[name])
+    for start, end in blocks():
+        table[end : end + 4] = _masked_crc32c(bytes(table[start:end])).to_bytes(4, "little")
     return files | {name: bytes(table)}
 
 
@@ -239,7 +266,7 @@ def hellaswag_bin() -> Files:
         texts = [[5, 6, 7], [8], [9, 10], [11], [50256]]
         body = [number for text in texts for number in (len(text), *text)]
         sizes.append(2 * (5 + len(body)))
-        parts += [data_start, sizes[-1], i, i % 4, 4, *body] if (data_start := hellaswag.START) else []
+        parts += [hellaswag.START, sizes[-1], i, i % 4, 4, *body]
     header = np.zeros(256, "<i4")
     header[:4] = hellaswag.MAGIC, 1, 3, max(sizes)
     return {"val.bin": header.tobytes() + np.array(parts, "<u2").tobytes()}
@@ -341,7 +368,9 @@ def run_program(folder: Path) -> object:
         try:
             return PROGRAMS[name][0](argv)
         except SystemExit as error:
-            if error.code not in (0, 2):
+            if error.code == 2:  # tyro's
+                raise UserError("usage") from None
+            if error.code:
                 raise RuntimeError(f"exit code {error.code}") from None
 
 
