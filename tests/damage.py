@@ -4,11 +4,16 @@ What is drawn is meant to be nearly sound: random bytes are refused by the first
 """
 
 import copy
+import functools
+import gzip
 import io
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 INTS = (0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62,
@@ -30,6 +35,8 @@ WORDS = (
     b"PK\x03\x04",
     b"\r\n",
 )
+ODD = ("missing", "empty", "fifo", "folder", "/dev/zero", "/nowhere", "itself")  # what may stand in a file's place
+Files = dict[str, bytes | str]  # name -> content, or one of ODD
 HEAD = 512  # bytes in which a header lies
 
 
@@ -146,3 +153,66 @@ def in_zip(random: Random, data: bytes, damage: Callable[[Random, bytes], bytes]
         for name, content in members:
             new.writestr(name, content, zipfile.ZIP_DEFLATED if len(content) > 2**20 else None)
     return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Target:
+    """`make` gives sound files, `call` reads them from a folder, `mend` makes checksums fit what was damaged."""
+
+    make: Callable[[], Files]
+    call: Callable[[Path], object]
+    mend: Callable[[Files], Files] = lambda files: files
+    writes: bool = False  # into the folder that it is given
+
+    @functools.cached_property
+    def sound(self) -> Files:
+        return self.make()
+
+    def case(self, random: Random) -> Files:
+        """Damaged files."""
+        files = dict(self.sound)
+        for _ in range(random.choice((1, 1, 1, 2))):
+            name = random.choice(sorted(files))
+            odd = random.random() < 0.03
+            files[name] = random.choice(ODD) if odd else in_file(random, name, self.sound[name])
+        return self.mend(files) if random.random() < 0.8 else files
+
+
+def in_file(random: Random, name: str, content: bytes) -> bytes:
+    """Damage as it fits what the file is."""
+    how = random.random()
+    if name.endswith(".json"):
+        return in_json(random, content)
+    if name.endswith(".gz"):
+        inner = in_file(random, name.removesuffix(".gz"), gzip.decompress(content))
+        return gzip.compress(inner, mtime=0) if how < 0.7 else in_bytes(random, content)
+    if name.endswith(".jsonl"):
+        lines = content.splitlines(keepends=True)
+        i = random.randrange(len(lines))
+        lines[i] = in_json(random, lines[i]) + b"\n"
+        return b"".join(lines) if how < 0.8 else in_bytes(random, content)
+    if content[:2] == b"PK" and how < 0.7:
+        return in_zip(random, content, lambda random, member: in_file(random, "", member))
+    if name.endswith(".safetensors") and how < 0.7:
+        n = int.from_bytes(content[:8], "little")
+        head = in_json(random, content[8 : 8 + n])
+        return len(head).to_bytes(8, "little") + head + content[8 + n :]
+    if content[:6] == b"\x93NUMPY" and how < 0.5:
+        return in_digits(random, content)
+    return in_bytes(random, content)
+
+
+def write(files: Files, folder: Path) -> None:
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content == "empty":
+            path.touch()
+        elif content == "fifo":
+            os.mkfifo(path)
+        elif content == "folder":
+            path.mkdir()
+        elif content != "missing":
+            path.symlink_to(path if content == "itself" else content)

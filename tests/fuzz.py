@@ -22,9 +22,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
-import targets
+import damage
 import torch
-from targets import TARGETS, Target
+from damage import Target
+from targets import TARGETS
 
 from benchmarks import harness
 from gpt2fast import machine
@@ -42,10 +43,10 @@ def run(target: Target, seed: int, work: Path) -> tuple[str, str]:
     return run_case(target, files, work)
 
 
-def run_case(target: Target, files: targets.Files, work: Path) -> tuple[str, str]:
+def run_case(target: Target, files: damage.Files, work: Path) -> tuple[str, str]:
     size = sum(len(content) for content in files.values() if isinstance(content, bytes))
     case, here = work / "case", os.getcwd()
-    targets.write(files, case)
+    damage.write(files, case)
     before = listing(case)
     os.chdir(work)
     try:
@@ -154,7 +155,7 @@ def check_sound(name: str, work: Path) -> None:
     """The sound files are read, or all damage to them would be refused for one reason. Also imports what is needed."""
     target = TARGETS[name]
     if name != "command line":
-        targets.write(target.sound, work / "first")
+        damage.write(target.sound, work / "first")
         with suppress(UserError):
             target.call(work / "first")
         clear(work)
@@ -203,6 +204,7 @@ def main() -> int:
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             check_sound(name, Path(work))
+    record, path = machine.record(), harness.results_file("fuzz")
     found = fuzz(names, o.seconds, o.first)
     for name, row in found.items():
         counts = ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(row["outcomes"].items()))
@@ -210,7 +212,7 @@ def main() -> int:
         if o.record:
             outcomes = {outcome: row["outcomes"][outcome] for outcome in ("read", "refused", "finding")}
             row = {"suite": "fuzz", "target": name, **row, "outcomes": outcomes, "first": o.first}
-            harness.append_row(harness.results_file("fuzz"), row | {"machine": machine.record()})
+            harness.append_row(path, row | {"machine": record})
     return 1 if any(row["findings"] for row in found.values()) else 0
 
 

@@ -1,6 +1,5 @@
 """What reads files of others: for each reader small sound files, damage that fits them, and the call."""
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -10,14 +9,14 @@ import os
 import random as python_random
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from random import Random
 
-import damage
 import foreign
 import numpy as np
 import torch
+from command_lines import CommandLine, run_program
+from damage import Files, Target
 from safetensors.torch import save
 
 from gpt2fast import (
@@ -25,29 +24,20 @@ from gpt2fast import (
     config,
     data,
     encoding,
-    evaluate,
-    export,
     hellaswag,
-    inspect,
     ops,
     optim,
-    prepare,
     pretrained,
-    sample,
     shards,
     sources,
     tokenizer,
-    train,
     weights,
 )  # fmt: skip
 from gpt2fast.config import PRESETS
-from gpt2fast.errors import UserError
 from gpt2fast.model import GPT
 from gpt2fast.openai import _masked_crc32c
 
 OPENAI = Path(__file__).parent / "openai_tf"
-ODD = ("missing", "empty", "fifo", "folder", "/dev/zero", "/nowhere", "itself")  # what may stand in a file's place
-Files = dict[str, bytes | str]  # name -> content, or one of ODD
 
 
 class Code:
@@ -55,69 +45,6 @@ class Code:
 
     def __reduce__(self):
         return os.mkdir, ("ran",)
-
-
-@dataclass(frozen=True)
-class Target:
-    """`make` gives sound files, `call` reads them from a folder, `mend` makes checksums fit what was damaged."""
-
-    make: Callable[[], Files]
-    call: Callable[[Path], object]
-    mend: Callable[[Files], Files] = lambda files: files
-    writes: bool = False  # into the folder that it is given
-
-    @functools.cached_property
-    def sound(self) -> Files:
-        return self.make()
-
-    def case(self, random: Random) -> Files:
-        """Damaged files."""
-        files = dict(self.sound)
-        for _ in range(random.choice((1, 1, 1, 2))):
-            name = random.choice(sorted(files))
-            odd = random.random() < 0.03
-            files[name] = random.choice(ODD) if odd else in_file(random, name, self.sound[name])
-        return self.mend(files) if random.random() < 0.8 else files
-
-
-def in_file(random: Random, name: str, content: bytes) -> bytes:
-    """Damage as it fits what the file is."""
-    how = random.random()
-    if name.endswith(".json"):
-        return damage.in_json(random, content)
-    if name.endswith(".gz"):
-        inner = in_file(random, name.removesuffix(".gz"), gzip.decompress(content))
-        return gzip.compress(inner, mtime=0) if how < 0.7 else damage.in_bytes(random, content)
-    if name.endswith(".jsonl"):
-        lines = content.splitlines(keepends=True)
-        i = random.randrange(len(lines))
-        lines[i] = damage.in_json(random, lines[i]) + b"\n"
-        return b"".join(lines) if how < 0.8 else damage.in_bytes(random, content)
-    if content[:2] == b"PK" and how < 0.7:
-        return damage.in_zip(random, content, lambda random, member: in_file(random, "", member))
-    if name.endswith(".safetensors") and how < 0.7:
-        n = int.from_bytes(content[:8], "little")
-        head = damage.in_json(random, content[8 : 8 + n])
-        return len(head).to_bytes(8, "little") + head + content[8 + n :]
-    if content[:6] == b"\x93NUMPY" and how < 0.5:
-        return damage.in_digits(random, content)
-    return damage.in_bytes(random, content)
-
-
-def write(files: Files, folder: Path) -> None:
-    folder.mkdir()
-    for name, content in files.items():
-        path = folder / name
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content == "empty":
-            path.touch()
-        elif content == "fifo":
-            os.mkfifo(path)
-        elif content == "folder":
-            path.mkdir()
-        elif content != "missing":
-            path.symlink_to(path if content == "itself" else content)
 
 
 def read_weights(name: str = "") -> Callable[[Path], object]:
@@ -325,53 +252,6 @@ def read_shards(folder: Path) -> object:
     counts = data.count_tokens(dataset.train, 50257)
     with np.errstate(invalid="ignore"):
         return data.unigram_entropy(counts), data.Loader(dataset.train, 2, 8, 50257, shuffle=True).batch(1)
-
-
-PROGRAMS = {
-    "train": (train.main, ["nano", "--data", "nowhere", "--device", "cpu"]),
-    "prepare": (prepare.main, ["nowhere"]),
-    "sample": (sample.main, ["nowhere", "--device", "cpu"]),
-    "evaluate": (evaluate.main, ["nowhere", "--device", "cpu"]),
-    "export": (export.main, ["nowhere", "--out", "out"]),
-    "inspect": (inspect.main, ["nowhere"]),
-}
-FLAGS = (
-    "--steps", "--lr", "--batch-size", "--seq-len", "--total-batch", "--model.n-layer", "--model.n-embd", "--run",
-    "--model.n-head", "--model.block-size", "--model.vocab-size", "--warmup", "--seed", "--keep", "--out", "--resume",
-    "--backend", "--ops.mlp", "--precision", "--device", "--init-from", "--hellaswag", "--tokenizer-file", "--dtype",
-    "--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--samples", "--stream", "--max-batches", "--help",
-    "--from", "--field", "--suffixes", "--val-fraction", "--shard-tokens", "--max-tokens", "--threads", "--format",
-    "--compile", "--residual", "--log-every", "--stop-at", "--grad-clip", "--beta1", "--split", "--hellaswag-every",
-)  # fmt: skip
-WORDS = ("0", "-1", "1", "7", "nan", "inf", "1e400", "9" * 30, "none", "None", "", "..", "/dev/null", "/dev/null/x",
-         "../x", "a/b", "nano", "auto", "triton", "cpu", "cuda:99", "--", "-", "x" * 300, "\u0663", "\u00e9", "True",
-         "shakespeare", "fp16", "0.5")  # fmt: skip
-
-
-class CommandLine(Target):
-    """The damaged file is the command line; what is read does not exist, so that nothing may begin."""
-
-    def case(self, random: Random) -> Files:
-        name = random.choice(sorted(PROGRAMS))
-        argv = list(PROGRAMS[name][1])
-        for _ in range(random.randrange(5)):
-            new = [random.choice(FLAGS), random.choice(WORDS)][: random.choice((1, 2, 2, 2, 2))]
-            argv[:] = [*argv, *new] if name != "train" else [argv[0], *new, *argv[1:]]
-        if random.random() < 0.1:
-            argv[random.randrange(len(argv))] = random.choice(WORDS)
-        return {"argv.json": json.dumps([name, *argv]).encode()}
-
-
-def run_program(folder: Path) -> object:
-    name, *argv = json.loads((folder / "argv.json").read_text())
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        try:
-            return PROGRAMS[name][0](argv)
-        except SystemExit as error:
-            if error.code == 2:  # tyro's
-                raise UserError("usage") from None
-            if error.code:
-                raise RuntimeError(f"exit code {error.code}") from None
 
 
 TARGETS = {
