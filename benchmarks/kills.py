@@ -25,7 +25,11 @@ from gpt2fast.errors import RunError, UserError, run_main
 EVERY = 3  # steps between checkpoints, of which the newest one is kept
 PATIENCE = 60.0  # seconds
 # what must appear in the folder of checkpoints, and the most seconds to wait after that
-KINDS = {"writing": (r"\..*\.tmp", 0.02), "renaming": (r"step_\d+", 0.0), "deleting": (r"\..*\.deleted", 0.0)}
+KINDS: dict[str, tuple[str | None, float]] = {
+    "writing": (r"\..*\.tmp", 0.02),
+    "renaming": (r"step_\d+", 0.0),
+    "deleting": (r"\..*\.deleted", 0.0),
+}
 KINDS |= {"starting": (None, 0.6), "stepping": (r"", 0.3)}  # after the process's start; after metrics.jsonl's opening
 TURNS = "starting", "writing", "renaming", "stepping", "writing", "deleting"
 DURING_A_CHECKPOINT = {"writing", "renamed", "deleting"}
@@ -55,9 +59,9 @@ def phase(before: set, after: set, metrics_before: int, metrics_after: int) -> s
     """What a process was doing when it was killed, by what it left in the folder of checkpoints, and metrics' inode."""
     fresh = [name for name, _ in after - before]
     for name in ("deleting", "writing"):
-        if any(re.fullmatch(KINDS[name][0], each) for each in fresh):
+        if any(re.fullmatch(KINDS[name][0] or "", each) for each in fresh):
             return name
-    whole = [name for name, _ in after if re.fullmatch(KINDS["renaming"][0], name)]
+    whole = [name for name, _ in after if re.fullmatch(KINDS["renaming"][0] or "", name)]
     if len(whole) > 1 and any(name in whole for name in fresh):
         return "renamed"
     return "starting" if metrics_before == metrics_after else "stepping"

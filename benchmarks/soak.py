@@ -55,7 +55,7 @@ def watch(process: BaseProcess, metrics: Path, every: int) -> list[dict]:
         steps = [json.loads(line)["step"] for line in lines]
         if steps and steps[-1] // every > last // every:
             try:
-                samples.append({"step": steps[-1]} | sample(process.pid, start))
+                samples.append({"step": steps[-1]} | sample(process.pid or 0, start))
             except (OSError, ValueError, IndexError):  # it has just ended
                 break
         last = steps[-1] if steps else last

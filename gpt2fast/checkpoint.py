@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from gpt2fast import containers, records
 from gpt2fast.distributed import ALONE, World, part
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.files import publish, remove_folder
@@ -31,6 +32,10 @@ from gpt2fast.model import GPT
 
 _NAME = re.compile(r"step_(\d{8,})")
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_STATE = {  # None: --resume and sample say what they miss
+    "step": int, "position": int, "seconds": float, "scaler": dict, "data_fingerprint": str, "config": dict,
+    "rng": dict,
+}  # fmt: skip
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -90,10 +95,13 @@ def _write(final: Path, model: GPT, moments: dict[str, Tensor], state: dict) -> 
 def read_state(path: Path) -> dict:
     """Check every file against the manifest and return state.json. UserError if anything is damaged."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = records.read_json(path / "manifest.json")
         damaged = [name for name in _FILES if _sha256(path / name) != manifest[name]["sha256"]]
         if not damaged:
-            return json.loads((path / "state.json").read_text())
+            state = records.read_json(path / "state.json")
+            for name, kind in _STATE.items():
+                records.check(name, state.get(name), kind | None)
+            return state
         what = f"{', '.join(damaged)} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -117,6 +125,9 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer, stat
     optimizer = part(optimizer)  # of ZeRO-1: each rank takes its share
     names = _names_in_order(model, optimizer)
     full = optimizer.state_dict()
+    for name, shape in _moment_shapes(model, names).items() if moments else ():
+        if moments[name].shape != shape:
+            raise UserError(f"checkpoint {path} does not fit the model: {name} is {tuple(moments[name].shape)}")
     if moments:  # a checkpoint of step 0 has none
         rows = model.config.padded_vocab_size
         full["state"] = {
@@ -124,7 +135,11 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer, stat
             for i, name in enumerate(names)
         }
     optimizer.load_state_dict(full)
-    _set_rng_state(state["rng"])
+    try:
+        _set_rng_state(state["rng"])
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
+        reason = f"random generators, {type(error).__name__}: {error}"
+        raise UserError(f"checkpoint {path} is damaged ({reason}): delete it to go on from the one before") from None
 
 
 def _load(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
@@ -137,11 +152,17 @@ def _load(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): delete that checkpoint to go on from the one before it"
-        ) from None
+        return containers.read_safetensors(path)
+    except UserError:
+        raise UserError(f"{path} is damaged: delete that checkpoint to go on from the one before it") from None
+
+
+def _moment_shapes(model: GPT, names: list[str]) -> dict[str, torch.Size]:
+    """As they are stored: without the vocabulary's padding; a step is one number."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes["wte.weight"] = torch.Size((model.config.vocab_size, model.config.n_embd))
+    steps = {f"step.{name}": torch.Size(()) for name in names}
+    return steps | {f"{moment}.{name}": shapes[name] for name in names for moment in _MOMENTS[:2]}
 
 
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -207,7 +228,7 @@ def _from_hex(text: str) -> Tensor:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with records.open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,13 +4,12 @@
 the checkpoint and the results.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from gpt2fast import corpus
+from gpt2fast import corpus, records
 from gpt2fast.errors import UserError
 from gpt2fast.model import SIZES, GPTConfig
 from gpt2fast.ops import Backend, OpsConfig
@@ -163,6 +162,12 @@ CHANGEABLE = {
     "tensorboard", "deterministic",
 }  # fmt: skip
 
+# What others take from a record's "resolved"; the rest is for people.
+RESOLVED = {
+    "ops": dict[str, str], "auto": dict[str, dict] | None, "precision": str, "compile": bool, "unigram_entropy": float,
+    "data_fingerprint": str, "device_name": str | None, "residual": str | None,
+}  # fmt: skip
+
 
 def parse(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig, str]:
     """The command line -> settings, and a word on where they come from. With --resume, from the run itself."""
@@ -287,14 +292,14 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(values: dict) -> TrainConfig:
-    """The inverse of `to_dict`; TypeError or KeyError on what is no such dictionary."""
+    """The inverse of `to_dict`; ValueError, TypeError or KeyError on what is no such dictionary."""
     values = {"residual": "fp32", "optimizer": "torch"} | values  # as it was before there was a choice
-    values["model"] = GPTConfig(**values["model"])
-    values["ops"] = OpsConfig(**values["ops"])
+    values["model"] = records.fill(GPTConfig, values["model"])
+    values["ops"] = records.fill(OpsConfig, values["ops"])
     values["out"] = Path(values["out"])
     for name in ("tokenizer_file", "hellaswag"):
         values[name] = values.get(name) and Path(values[name])
-    return TrainConfig(**values)
+    return records.fill(TrainConfig, values)
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -306,11 +311,15 @@ def read_record(folder: Path) -> tuple[TrainConfig, dict]:
     """The settings of a run, and what they were resolved to, from its config.json."""
     path = folder / "config.json"
     try:
-        record = json.loads(path.read_text())
-        return from_dict(record["config"]), dict(record.get("resolved") or {})
+        record = records.read_json(path)
+        resolved = record.get("resolved") or {}
+        records.check("resolved", resolved, dict)
+        for name, annotation in RESOLVED.items() if resolved else ():
+            records.check(name, resolved.get(name), annotation)
+        return from_dict(record["config"]), resolved
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no run ({path.name} is missing): name another, or start one (python -m gpt2fast.train)"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         raise UserError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None

@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2fast.containers import check_npy
 from gpt2fast.errors import RunError, UserError
+from gpt2fast.records import open_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -77,7 +79,7 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     """A shard's tokens (n,) uint16, memory-mapped. Size, header and the range of tokens are checked."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(HEADER_BYTES)
         if size == 0:
             raise UserError(f"shard {path} is empty: delete it, or write it again")
@@ -95,6 +97,8 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 def _open_npy(path: Path) -> np.ndarray:
     try:
+        with path.open("rb") as file:
+            check_npy(file, path.stat().st_size)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise UserError(f"shard {path} is a damaged NumPy file ({error}): write it again") from None

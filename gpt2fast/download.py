@@ -12,6 +12,7 @@ from tqdm import tqdm
 from gpt2fast.errors import RunError
 
 TIMEOUT = 30  # seconds without a byte
+LARGEST = 2**28  # bytes: what is fetched here has a few million
 CHUNK = 2**16
 
 
@@ -37,11 +38,14 @@ def _chunks(url: str, by_hand: str) -> Iterator[bytes]:
     got = 0
     try:
         with urlopen(Request(url, headers={"User-Agent": "gpt2fast"}), timeout=TIMEOUT) as response:
-            size = int(response.headers.get("Content-Length", 0))
+            size = response.headers.get("Content-Length", "0")
+            size = int(size) if size.isascii() and size.isdigit() else 0
             with tqdm(total=size or None, unit="B", unit_scale=True, desc="downloading", mininterval=0.5) as bar:
                 while chunk := response.read(CHUNK):
                     yield chunk
                     got += len(chunk)
+                    if got > LARGEST:
+                        raise HTTPException(f"more than {LARGEST:,} bytes came")
                     bar.update(len(chunk))
         if got < size:  # read() returns what there is when the other side hangs up
             raise HTTPException(f"{got:,} of {size:,} bytes came")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt2fast import data, tokenizer
+from gpt2fast import data, records, tokenizer
 from gpt2fast.device import Precision, autocast
 from gpt2fast.distributed import ALONE, World
 from gpt2fast.download import download
@@ -39,6 +39,7 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 CACHED = Path("data/hellaswag/hellaswag_val.jsonl")
 MAGIC = 20240522
 START = 2**16 - 1  # of an example
+LARGEST = 2**26  # bytes of a file; the validation split's have 12 and 4 million
 ENDINGS = 4
 WIDTHS = 16  # rows are padded to a multiple of it, so that few shapes occur
 ROWS = 1024  # of logits at a time: 206 MB of fp32 at GPT-2's vocabulary
@@ -83,9 +84,12 @@ def fetch(path: Path = CACHED) -> Path:
 def read(path: Path, vocab_file: Path | None = None) -> list[Example]:
     """The examples of a file. UserError on what is not sound, with the line's or the example's number."""
     try:
-        content = path.read_bytes()
+        with records.open_file(path) as file:
+            content = file.read(LARGEST + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name hellaswag_val.jsonl or .bin") from None
+    if len(content) > LARGEST:
+        raise UserError(f"{path} has more than {LARGEST:,} bytes: name hellaswag_val.jsonl or .bin")
     is_bin = len(content) >= 4 and int(np.frombuffer(content[:4], "<i4")[0]) == MAGIC
     examples = _read_bin(content, path) if is_bin else _read_jsonl(content, path, vocab_file)
     if not examples:

@@ -4,12 +4,12 @@ Names begin with "transformer." or not; c_attn, c_proj and c_fc are (in, out), a
 wte. config.json can describe models that are not GPT-2 as it is computed here: these are refused by name.
 """
 
-import json
 import re
 from pathlib import Path
 
 from torch import Tensor
 
+from gpt2fast import records
 from gpt2fast.containers import check_tensors, read_pickle, read_safetensors
 from gpt2fast.errors import UserError
 from gpt2fast.model import EPS, GPTConfig
@@ -29,6 +29,7 @@ FIXED = {  # what makes it GPT-2; the first value is transformers' own default
     "quantization_config": (None,),
 }
 SUFFIXES = (".bin", ".pt", ".npz", ".index", ".safetensors")  # a missing file, no model on the hub
+_PART = re.compile(r"\w[\w.-]*", re.ASCII)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -52,8 +53,8 @@ def read_folder(folder: Path, name: str) -> tuple[GPTConfig | None, dict[str, Te
 
 def _parts(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
+        names = sorted(set(records.read_json(index)["weight_map"].values()))
+        if not all(_PART.fullmatch(name) for name in names):
             raise ValueError("a file outside the folder")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({type(error).__name__}: {error}): download it again") from None
@@ -66,7 +67,7 @@ def config_beside(path: Path) -> GPTConfig | None:
     if not path.is_file():
         return None
     try:
-        stored = dict(json.loads(path.read_text()))
+        stored = dict(records.read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): write or download it again") from None
     if stored.get("model_type") != "gpt2":

@@ -7,12 +7,13 @@ A state_dict alone has no "model_args": the shapes tell the rest. nanoGPT trains
 training has made all but zero.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gpt2fast import records
 from gpt2fast.containers import check_tensors, read_pickle
 from gpt2fast.errors import UserError
 from gpt2fast.layout import unpadded
@@ -32,11 +33,11 @@ def read(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
         return None, tensors
     try:
         args = dict(stored["model_args"])
-        sizes = {field.name: int(args[field.name]) for field in fields(GPTConfig)}
-        config = GPTConfig(**sizes | {"vocab_size": unpadded(sizes["vocab_size"])})
+        config = records.fill(GPTConfig, {field.name: args[field.name] for field in fields(GPTConfig)})
+        config = replace(config, vocab_size=unpadded(config.vocab_size))
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: model_args describe no GPT-2 ({type(error).__name__}: {error})") from None
     if args.get("bias") is False:  # a bias of zero is the same function
         weights = [name for name in tensors if name.endswith(".weight") and not name.endswith(_EMBEDDINGS)]
-        tensors |= {f"{name.removesuffix('weight')}bias": torch.zeros(len(tensors[name])) for name in weights}
+        tensors |= {f"{name.removesuffix('weight')}bias": torch.zeros(tensors[name].shape[:1]) for name in weights}
     return config, tensors

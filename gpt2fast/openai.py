@@ -12,10 +12,7 @@ checksums too, but of 500 MB in Python: only their place and size are checked.
 Sources: tensorflow/core/lib/io/format.cc, tensorflow/core/protobuf/tensor_bundle.proto.
 """
 
-import json
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -25,11 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2fast import containers, records
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPTConfig
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
+LARGEST = 2**22  # bytes of an index; GPT-2's have a few thousand
+LONGEST_NAME = 1000  # each name may repeat all of the last one
+DIMENSIONS = 8
 DTYPES = {1: ("<f4", torch.float32), 14: ("<i2", torch.bfloat16), 19: ("<f2", torch.float16)}
 HPARAMS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "n_ctx", "vocab_size": "n_vocab"}
 _NAME = re.compile(r"model/(?:h(\d+)/)?(.+?)(?:/([gbw]))?")  # model/wte, model/ln_f/g, model/h0/attn/c_attn/w
@@ -46,18 +47,25 @@ def find_index(folder: Path) -> Path | None:
 def read(index: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
     """The shape, where hparams.json tells it, and the tensors, memory-mapped, under our names, matrices (in, out)."""
     try:
-        table = _read_table(index.read_bytes())
+        with records.open_file(index) as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} bytes")
+        table = _read_table(content)
         shards = dict(_fields(table.pop(b""))).get(1, 1)
         data: dict[int, np.ndarray] = {}
         for entry in table.values():
             shard = dict(_fields(entry)).get(3, 0)
             if shard not in data:
                 path = index.with_name(f"{index.stem}.data-{shard:05d}-of-{shards:05d}")
+                records.open_file(path).close()
                 data[shard] = np.memmap(path, np.uint8, "c")
         tensors = {name.decode(): _tensor(entry, data) for name, entry in table.items()}
+        if sum(tensor.nbytes for tensor in tensors.values()) > sum(map(len, data.values())):
+            raise ValueError("tensors that lie upon each other")
     except OSError as error:
         raise UserError(f"{error.filename or index} cannot be read ({error.strerror}), and {index} needs it") from None
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RuntimeError) as error:
         raise UserError(f"{index} is damaged or no TensorFlow checkpoint ({error}): download it again") from None
     return _config_beside(index), _in_our_names(tensors)
 
@@ -65,9 +73,8 @@ def read(index: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
 def read_npz(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
     """The same of NumPy's archive."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            tensors = {name: torch.from_numpy(archive[name]) for name in archive}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        tensors = {name: torch.from_numpy(array) for name, array in containers.read_npz(path).items()}
+    except containers.NPZ_ERRORS as error:
         raise UserError(f"{path} is damaged or no such archive ({error}): write or download it again") from None
     return _config_beside(path), _in_our_names(tensors)
 
@@ -89,8 +96,8 @@ def _config_beside(path: Path) -> GPTConfig | None:
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text())
-        return GPTConfig(**{ours: int(stored[theirs]) for ours, theirs in HPARAMS.items()})
+        stored = records.read_json(path)
+        return records.fill(GPTConfig, {ours: stored[theirs] for ours, theirs in HPARAMS.items()})
     except (OSError, ValueError, LookupError, TypeError, UserError) as error:
         raise UserError(f"{path} describes no GPT-2 ({type(error).__name__}: {error}): download it again") from None
 
@@ -100,6 +107,8 @@ def _tensor(entry: bytes, data: dict[int, np.ndarray]) -> Tensor:
     fields = dict(_fields(entry))
     known, offset, size, shard = fields.get(1), fields.get(4, 0), fields.get(5, 0), data[fields.get(3, 0)]
     shape = [dict(_fields(dim)).get(1, 0) for number, dim in _fields(fields.get(2, b"")) if number == 2]
+    if len(shape) > DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
     if known not in DTYPES or 7 in fields:
         raise ValueError(f"a tensor of TensorFlow's dtype {known} or in slices")
     numbers, dtype = DTYPES[known]
@@ -115,6 +124,8 @@ def _read_table(file: bytes) -> dict[bytes, bytes]:
     _, i = _varint(footer, 0)
     _, i = _varint(footer, i)
     blocks = _read_block(file, footer[i:]).values()
+    if sum(_varint(handle, _varint(handle, 0)[1])[0] for handle in blocks) > len(file):
+        raise ValueError("blocks that lie upon each other")
     return {key: value for handle in blocks for key, value in _read_block(file, handle).items()}
 
 
@@ -132,6 +143,8 @@ def _read_block(file: bytes, handle: bytes) -> dict[bytes, bytes]:
         kept, i = _varint(entries, i)
         more, i = _varint(entries, i)
         length, i = _varint(entries, i)
+        if kept + more > LONGEST_NAME:
+            raise ValueError(f"a name of {kept + more} bytes")
         key = _cut(key, 0, kept) + _cut(entries, i, more)
         found[key] = _cut(entries, i + more, length)
         i += more + length
@@ -158,6 +171,8 @@ def _varint(data: bytes, i: int) -> tuple[int, int]:
     """An integer of 7 bits a byte, the lowest first, at position i; and the position behind it."""
     value = shift = 0
     while data[i] & 128:
+        if shift > 63:
+            raise ValueError("an integer of more than 64 bits")
         value, shift, i = value | (data[i] & 127) << shift, shift + 7, i + 1
     return value | data[i] << shift, i + 1
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2fast import auto, checkpoint, config, containers, ops, weights
+from gpt2fast import auto, checkpoint, config, containers, ops, records, weights
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import Backend
@@ -35,7 +35,10 @@ def read(source: str | Path) -> Weights:
     path = _checkpoint(Path(source))
     if path is None:
         return weights.read(source)
-    model = GPTConfig(**checkpoint.read_state(path)["config"]["model"])
+    try:
+        model = records.fill(GPTConfig, checkpoint.read_state(path)["config"]["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}/state.json describes no model ({type(error).__name__}: {error})") from None
     return weights.assemble(model, containers.read_safetensors(path / "model.safetensors"), str(path))
 
 

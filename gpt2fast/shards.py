@@ -15,17 +15,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
-from gpt2fast import files
+from gpt2fast import containers, files, records
 from gpt2fast.data import HEADER_BYTES, unigram_entropy, write_shard
 from gpt2fast.errors import UserError
 from gpt2fast.model import VOCAB_SIZE
 from gpt2fast.sources import Piece
 
 RECORD = "progress.npz"
+_SHARD = re.compile(r"(train|val)_[0-9]{6}\.bin")
 _OURS = re.compile(r"(train|val)_\d{6}\.bin|progress\.npz|manifest\.json|download\.txt|lock|\..*\.tmp")
 
 
@@ -158,13 +158,14 @@ class Writer:
     def _load(self, remedy: str) -> None:
         path = self.folder / RECORD
         try:
-            with np.load(path, allow_pickle=False) as saved:
-                record = json.loads(str(saved["record"]))
-                pending = {name: saved[name] for name in ("train", "val")}
-                counts = saved["counts"]
-            done, old, shards = Done(**record["done"]), record["identity"], record["train"] + record["val"]
+            saved = containers.read_npz(path)
+            record = records.parse(str(saved["record"]).encode())
+            pending = {name: saved[name] for name in ("train", "val")}
+            counts = saved["counts"]
+            self._check(record, pending, counts)
+            done, old, shards = records.fill(Done, record["done"]), record["identity"], record["train"] + record["val"]
             sizes = {shard["name"]: (self.folder / shard["name"]).stat().st_size for shard in shards}
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        except containers.NPZ_ERRORS as error:
             raise UserError(f"{path} is damaged or a shard is missing ({error}): {remedy}") from None
         for shard in shards:
             name, size, expected = shard["name"], sizes[shard["name"]], HEADER_BYTES + 2 * shard["tokens"]
@@ -176,6 +177,23 @@ class Writer:
         for stream in (self.train, self.val):
             stream.shards = record[stream.name]
             stream.add(pending[stream.name])
+
+    def _check(self, record: dict, pending: dict[str, np.ndarray], counts: np.ndarray) -> None:
+        """ValueError or TypeError if the record is none that `_record` wrote."""
+        records.check("identity", record["identity"], dict)
+        for split in ("train", "val"):
+            whole = self.train.pending.base
+            assert whole is not None, "pending is the beginning of it"
+            room = len(whole)
+            if pending[split].ndim != 1 or pending[split].dtype != np.uint16 or len(pending[split]) >= room:
+                raise ValueError(f"{split} is {pending[split].dtype} of shape {pending[split].shape}")
+            for shard in record[split]:
+                records.check("shard", shard, dict[str, int | str])
+                records.check("tokens", shard["tokens"], int)
+                if not _SHARD.fullmatch(shard["name"]):
+                    raise ValueError(f"{shard['name']!r} is no shard's name")
+        if counts.shape != (VOCAB_SIZE,) or counts.dtype != np.int64 or counts.min() < 0:
+            raise ValueError(f"counts are {counts.dtype} of shape {counts.shape}")
 
     def finish(self) -> dict:
         """Write what is left; counts and shards, for the manifest."""

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 from gpt2fast.errors import RunError, UserError
 
 PIECE = 2**16  # characters
+LONGEST_LINE = 2**24  # bytes; a few kilobytes of .gz may hold a line without end
 LONGEST_PIECE = 2**22  # a text without a single splittable newline is cut anyhow
 ROWS_AT_ONCE = 1024
 
@@ -134,7 +135,9 @@ def _cut(text: str) -> int:
 
 def _jsonl(file: Path, field: str) -> Iterator[Piece]:
     with _open(file) as (stream, tell):
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
+            if len(line) == LONGEST_LINE:
+                raise UserError(f"{file}, line {number} has {LONGEST_LINE:,} bytes or more: split that document")
             if not line.strip():
                 continue
             try:

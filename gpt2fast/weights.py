@@ -24,6 +24,7 @@ from gpt2fast import containers, huggingface, llmc, nanogpt, openai
 from gpt2fast.errors import UserError
 from gpt2fast.layout import PADDED_VOCAB_SIZE, TRANSPOSED, heads, shapes, unpadded
 from gpt2fast.model import VOCAB_SIZE, GPTConfig
+from gpt2fast.records import open_file
 
 ACCEPTED = (
     "a run's folder or checkpoint, a Hugging Face folder (config.json, model.safetensors or pytorch_model.bin), "
@@ -73,7 +74,7 @@ def _read_folder(folder: Path) -> Weights:
 
 def _read_file(path: Path) -> Weights:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(4)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
@@ -112,7 +113,7 @@ def assemble(config: GPTConfig | None, tensors: Mapping[str, Tensor], where: str
     if config.n_layer > len(tensors):  # before names are made for all of them
         raise UserError(f"{where}: n_layer is {config.n_layer}, but there are only {len(tensors)} tensors")
     wte = tensors.get("wte.weight")
-    if wte is not None and len(wte) == PADDED_VOCAB_SIZE and config.vocab_size == VOCAB_SIZE:
+    if wte is not None and wte.dim() == 2 and len(wte) == PADDED_VOCAB_SIZE and config.vocab_size == VOCAB_SIZE:
         tensors["wte.weight"] = wte[:VOCAB_SIZE]
     needed = shapes(config)
     _check(tensors, needed, where)
@@ -120,12 +121,12 @@ def assemble(config: GPTConfig | None, tensors: Mapping[str, Tensor], where: str
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
-    return x.data_ptr() == y.data_ptr() or torch.equal(x, y)
+    return x.dtype == y.dtype and x.shape == y.shape and (x.data_ptr() == y.data_ptr() or torch.equal(x, y))
 
 
 def _infer(tensors: Mapping[str, Tensor], where: str) -> GPTConfig:
     for name in ("wte.weight", "wpe.weight"):
-        if name not in tensors or tensors[name].dim() != 2:
+        if name not in tensors or tensors[name].dim() != 2 or not tensors[name].numel():
             raise UserError(f"{where} holds no GPT-2: {name} is missing{_some(tensors, '; there is ')}")
     n_layer = 1 + max((int(match[1]) for name in tensors if (match := _BLOCK.match(name))), default=-1)
     (V, C), T = tensors["wte.weight"].shape, len(tensors["wpe.weight"])

@@ -87,9 +87,11 @@ def test_no_such_backend(flags, capsys):
 
 def test_what_auto_became_is_read_back(tmp_path):
     c = replace(PRESETS["nano"], backend="auto", ops=OpsConfig(mlp="compiled"))
-    text = json.dumps({"config": config.to_dict(c), "resolved": {"ops": {"mlp": "compiled"}}})
+    resolved = {"ops": {"mlp": "compiled"}, "precision": "bf16", "compile": False, "unigram_entropy": 5.8}
+    resolved |= {"data_fingerprint": "0" * 16}
+    text = json.dumps({"config": config.to_dict(c), "resolved": resolved})
     (tmp_path / "config.json").write_text(text)
-    assert config.read_record(tmp_path) == (c, {"ops": {"mlp": "compiled"}})
+    assert config.read_record(tmp_path) == (c, resolved)
 
 
 def test_without_a_preset_the_header_says_which_was_taken():
