@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import ladder
 from gpt2fast import optim
-from gpt2fast.device import pick_device
+from gpt2fast.device import DTYPES, pick_device, pick_precision
 from gpt2fast.errors import UserError
 from gpt2fast.model import EPS, GPT, SIZES
 from gpt2fast.ops import NAMES, Backend, OpsConfig, build, interpreted
@@ -18,12 +18,14 @@ from gpt2fast.step import TrainingStep, synchronize
 
 B, T, C, H, V = 4, 256, 768, 12, 50304
 DEVICE = pick_device()
+PRECISION = pick_precision("auto", DEVICE)  # bf16 without units for it takes minutes on a CPU
+DTYPE = DTYPES[PRECISION]
 
 
 def inputs(op: str) -> tuple[list[torch.Tensor], list]:
     """Floating-point inputs in gpt2's width, and the other arguments."""
     arguments: dict[str, tuple[list, list]] = {
-        "embedding": ([(V, C), (T, C)], [torch.randint(50257, (B, T), device=DEVICE), torch.bfloat16]),
+        "embedding": ([(V, C), (T, C)], [torch.randint(50257, (B, T), device=DEVICE), DTYPE]),
         "layer_norm": ([(B * T, C), (C,), (C,)], [EPS]),
         "add_layer_norm": ([(B * T, C), (B * T, C), (C,), (C,)], [EPS]),
         "attention": ([(B, T, 3 * C)], [H]),
@@ -32,7 +34,7 @@ def inputs(op: str) -> tuple[list[torch.Tensor], list]:
         "linear_cross_entropy": ([(B * T, C), (V, C)], [torch.randint(50257, (B * T,), device=DEVICE), 50257]),
     }
     shapes, others = arguments[op]
-    return [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes], others
+    return [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes], others
 
 
 def backend(name: Backend):
@@ -64,7 +66,7 @@ def bench_op(benchmark, name, op, direction):
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def bench_nano_step(benchmark, name):
     model = GPT(SIZES["nano"], backend(name)).to(DEVICE)
-    take_step = TrainingStep(model, optim.adamw(model, 0.1), precision="bf16")
+    take_step = TrainingStep(model, optim.adamw(model, 0.1), precision=PRECISION)
     batches = ladder.endless_batches(50257, 8, 128, DEVICE)
 
     def call():

@@ -2,11 +2,13 @@
 
 The moments are random, and of five kinds: before the first step, between steps and in them, in the writing of a
 checkpoint (twice as often), after its renaming, and in the deletion of the one before it. What each kill hit is told
-from the folder that it left. The newest checkpoint must be whole each time, no more steps may be lost than lie between
-two checkpoints, and the final weights, moments and losses must be, bit for bit, those of a run that nobody disturbed.
+from the folder that it left. Each time no more steps may be lost than lie between two checkpoints, and the newest one
+must be whole, with the weights and moments, bit for bit, that a run which nobody disturbed has at that step; so the run
+goes on as that one, and at the end their weights, moments and losses must be the same.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -34,6 +36,7 @@ KINDS |= {"starting": (None, 0.6), "stepping": (r"", 0.3)}  # after the process'
 TURNS = "starting", "writing", "renaming", "stepping", "writing", "deleting"
 DURING_A_CHECKPOINT = {"writing", "renamed", "deleting"}
 FILES = "model.safetensors", "optimizer.safetensors"
+FLAGS = (*small.FLAGS, "--model.vocab-size", "256")  # small checkpoints, since the undisturbed run keeps all of its
 
 
 def entries(checkpoints: Path) -> set[tuple[str, int]]:
@@ -90,14 +93,21 @@ def kill(folder: Path, flags: Sequence[str], kind: str, delay: float) -> dict:
     after = time.monotonic() - start
     hit = phase(before, entries(checkpoints), metrics_before, metrics.stat().st_ino)
     newest, path = small.newest(checkpoints)
-    checkpoint.read_state(path)  # UserError if it is not whole
+    bits = digest(path)
     reached = max((row["step"] for row in run.read_metrics(metrics)), default=0)
     if process.exitcode != -9:
         raise RunError(f"the run ended with {process.exitcode} before it was killed: {small.said(folder)}")
     return {
         "kind": kind, "delay_ms": round(delay * 1e3, 2), "seconds": round(after, 3), "phase": hit, "from": resumed,
         "reached": reached, "newest": newest, "lost": reached - newest,
+        "bits": bits,
     }  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """Of a checkpoint's weights and moments. UserError if it is not whole."""
+    checkpoint.read_state(path)
+    return hashlib.sha256(b"".join((path / name).read_bytes() for name in FILES)).hexdigest()[:16]
 
 
 def whole_run(folder: Path, *flags: str) -> None:
@@ -107,11 +117,13 @@ def whole_run(folder: Path, *flags: str) -> None:
         raise RunError(f"a run ended with {process.exitcode}: {small.said(folder)}")
 
 
-def same(folder: Path) -> list[str]:
-    """What differs between the killed run and the straight one; nothing should."""
+def same(folder: Path, rows: Sequence[dict]) -> list[str]:
+    """What differs between the killed run and the straight one, after each kill and at the end; nothing should."""
+    kept = {step: digest(path) for step, path in checkpoint.list_checkpoints(folder / "out/straight/checkpoints")}
+    different = [f"step {row['newest']} after kill {row['kill']}" for row in rows if row["bits"] != kept[row["newest"]]]
     killed, straight = (folder / "out" / name for name in ("killed", "straight"))
     paths = [small.newest(out / "checkpoints")[1] for out in (killed, straight)]
-    different = [name for name in FILES if len({(path / name).read_bytes() for path in paths}) > 1]
+    different += [name for name in FILES if len({(path / name).read_bytes() for path in paths}) > 1]
     states = [{name: checkpoint.read_state(path)[name] for name in ("step", "position")} for path in paths]
     different += [name for name in states[0] if states[0][name] != states[1][name]]
     losses = [
@@ -128,7 +140,7 @@ def kills(folder: Path, number: int, seed: int, say: Callable[[dict], None]) -> 
     """Kill a run in `folder` so often, telling of each kill; let it end, and a straight one too -> what that shows."""
     moments = random.Random(seed)
     small.write_data(folder)
-    flags = [*small.FLAGS, "--steps", "100000", "--checkpoint-every", str(EVERY), "--keep", "1", "--run", "killed"]
+    flags = [*FLAGS, "--steps", "100000", "--checkpoint-every", str(EVERY), "--keep", "1", "--run", "killed"]
     whole_run(folder, *flags, "--stop-at", "1")
     rows = []
     for n, kind in enumerate(islice(cycle(TURNS), number), 1):
@@ -136,12 +148,12 @@ def kills(folder: Path, number: int, seed: int, say: Callable[[dict], None]) -> 
         say(rows[-1])
     end = str(max(row["reached"] for row in rows) + 2)
     whole_run(folder, *flags, "--resume", "--stop-at", end)
-    whole_run(folder, *flags, "--run", "straight", "--checkpoint-every", "0", "--stop-at", end)
+    whole_run(folder, *flags, "--run", "straight", "--checkpoint-every", "1", "--keep", end, "--stop-at", end)
     phases = Counter(row["phase"] for row in rows)
     return {
         "kills": number, "seed": seed, "checkpoint_every": EVERY, "steps": int(end), "phases": dict(phases),
         "during_a_checkpoint": sum(phases[name] for name in DURING_A_CHECKPOINT),
-        "most_lost": max(row["lost"] for row in rows), "different": same(folder),
+        "most_lost": max(row["lost"] for row in rows), "different": same(folder, rows),
     }  # fmt: skip
 
 

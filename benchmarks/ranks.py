@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus < max(options.sizes):
         raise UserError(f"--sizes asks for {max(options.sizes)} processes, and there are {gpus} GPUs, one for each")
-    path, one = options.file or harness.results_file("ranks"), []
+    path = options.file or harness.results_file("ranks")
+    one: list[dict] = []
     flags = [*shlex.split(FLAGS[options.backend]), *shlex.split(options.flags or "")]
     with tempfile.TemporaryDirectory() as folder:
         small.write_data(Path(folder))

@@ -219,7 +219,7 @@ def matmul_tiles(dtype: torch.dtype, capability: tuple[int, int], aligned: bool)
     """128 x 256 would need all registers of a processor, and no second program would run beside it. On sm_120, and
     where operands are not aligned to 16 bytes, 128 x 128 spill."""
     if dtype == torch.float32:
-        return MatmulTiles(128, 256, 256, 2, 8, 2) if INTERPRETED else MatmulTiles(64, 32, 32, 1, 4, 2)
+        return MatmulTiles(128, 256, 256, 2, 8, 2) if INTERPRETED else MatmulTiles(64, 32, 32, 1, 8, 2)
     if aligned and capability[0] in (9, 10):
         return MatmulTiles(128, 128, 64, 4, 8, 3)
     return MatmulTiles(128, 128 if aligned and capability[0] == 8 else 64, 32, 2, 8, 4)

@@ -200,7 +200,7 @@ MUTANTS = [
     Mutant("graph", "\"next\" if i else \"first\"", "\"first\"", "gradients of the last micro-batch only"),
     Mutant("graph", "        self.optimizer.send_numbers()\n", "", "the settings of the recorded step"),
     Mutant("graph", "        self.set_rate(lr)\n", "", "the recorded learning rate"),
-    Mutant("optim", "optimizer.found_inf = (~norm.isfinite()).float()", "pass", "NaN gradients are taken", STEP),
+    Mutant("optim", "local.found_inf = (~norm.isfinite()).float()", "pass", "NaN gradients are taken", STEP),
     Mutant("optim", "            optimizer.zero_grad(set_to_none=True)\n", "            pass\n",
            "NaN gradients are taken where AdamW is not fused", STEP),
     Mutant("optim", " and not getattr(self, \"found_inf\", None)", "", "NaN gradients of copies are taken", STEP),

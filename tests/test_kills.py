@@ -56,11 +56,14 @@ def test_20_kills_lose_no_checkpoint_and_not_one_bit(tmp_path):
         data = (path / name).read_bytes()
         (path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(UserError, match=f"{name} does not match its checksum"):
-            kills.same(tmp_path)
+            kills.same(tmp_path, rows)
         (path / name).write_bytes(data)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     (out / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | {"loss": 1.0})]))
-    assert kills.same(tmp_path) == ["metrics"]
+    assert kills.same(tmp_path, rows) == ["metrics"]
+    (out / "metrics.jsonl").write_text("\n".join(lines))
+    rows[7]["bits"] = "of another run"
+    assert kills.same(tmp_path, rows) == [f"step {rows[7]['newest']} after kill 8"]
 
 
 @pytest.mark.parametrize(("different", "lost", "code"), [([], 3, 0), (["model.safetensors"], 3, 1), ([], 4, 1)])

@@ -30,6 +30,7 @@ SHORT = {
     "--repetitions 1 --file rows/peers.jsonl --peers 'torch eager'",
     "benchmarks.generate": "--size nano --tokens 3 --prompt 3 --repetitions 1 --file rows/texts.jsonl",
     "benchmarks.kills": "--kills 2 --file rows/kills.jsonl",
+    "benchmarks.ranks": "--sizes 2 --flags '--total-batch 2048 --steps 2 --warmup 1' --file rows/ranks.jsonl",
     "benchmarks.soak": "--steps 60 --every 6 --limit 524288 --file rows/soak.jsonl",
     "benchmarks.report": "--check",  # and not a README written by a test
     "benchmarks.kernels": "--op gelu --tokens 64 --file rows/kernels.jsonl",
@@ -41,6 +42,7 @@ SHORT = {
     "benchmarks.tune": "",
     "gpt2fast.train --backend triton": f"{shlex.join(tiny.FLAGS[1:])} --model.n-embd 32 --data stdlib --steps 3",
 }
+LAUNCHERS = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
 
 
 def test_the_first_two_blocks_are_what_ci_runs():
@@ -70,18 +72,23 @@ def test_each_fault_in_the_table_has_the_test_that_it_names():
 
 
 @pytest.mark.slow
-def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_module):
+def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_python):
     """After the main command, in one folder, as a reader would."""
     (tmp_path / "README.md").write_text("A text of one's own. " * 2000)
     write_jsonl(tmp_path / "hellaswag_val.jsonl")
     unused = set(SHORT)
     for command in ["python -m gpt2fast.train", *COMMANDS]:
         variables = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
-        python, dash_m, *words = shlex.split(command)[len(variables) :]
-        assert (python, dash_m) == ("python", "-m"), f"not run by any test: {command}"
+        launcher, _, ours = command.partition(" -m ")
+        program, *options = shlex.split(launcher)[len(variables) :]
+        assert program in LAUNCHERS, f"not run by any test: {command}"
+        words = shlex.split(ours)
         key = next(key for key in (" ".join(words[:2]), " ".join([words[0], *words[2:4]]), words[0]) if key in SHORT)
         unused.discard(key)
-        done = run_module(*words, *shlex.split(SHORT[key]), cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", **variables})
+        done = run_python(
+            *LAUNCHERS[program], *options, "-m", *words, *shlex.split(SHORT[key]),
+            cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", **variables},
+        )  # fmt: skip
         expected = 2 if key in ("benchmarks.gpu", "benchmarks.tune") else 0  # they say that there is no GPU
         assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
     assert not unused

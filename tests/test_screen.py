@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from gpt2fast import plot, screen
+from gpt2fast.distributed import ALONE
 from gpt2fast.train import draw, train
 
 ROW = {"step": 3, "loss": 9.87654, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 123456.7, "mfu": None}
@@ -89,7 +90,8 @@ def test_a_long_curve_is_drawn_by_its_lowest_and_highest_points():
 
 def test_nothing_is_left_of_a_drawn_figure(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    s = SimpleNamespace(config=SimpleNamespace(folder=tmp_path), dataset=SimpleNamespace(name="data"), entropy=5.0)
+    config, dataset = SimpleNamespace(folder=tmp_path), SimpleNamespace(name="data")
+    s = SimpleNamespace(config=config, dataset=dataset, entropy=5.0, world=ALONE)
     gc.disable()  # so that none is collected by chance
     try:
         draw(s)
