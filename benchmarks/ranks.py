@@ -1,11 +1,12 @@
 """Do N processes train what one does, and how much faster? `python -m benchmarks.ranks`: torchrun, 1, 2 and 4 of them.
 
 The same run each time, with the same tokens in each step: one process adds up as many micro-batches as all the others
-have together. Losses and norms are compared step by step; beside them tokens/s, which on one CPU that all of them share
-cannot grow. On a machine with GPUs each process has its own.
+have together. Losses and norms are compared step by step; beside them tokens/s. Each process has one CPU thread, as torchrun
+gives it, and on a machine with GPUs a GPU of its own; without one, Triton's kernels are interpreted.
 """
 
 import argparse
+import os
 import shlex
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ FLAGS = {  # by backend: nano; and a model that the interpreter gets through
     "--model.vocab-size 256 --data data --batch-size 2 --seq-len 16 --total-batch 128 --steps 4 --warmup 1 "
     "--sample-every 0 --val-every 2 --val-batches 4 --optimizer triton",
 }
+INTERPRETED = {"torch": {}, "triton": {"TRITON_INTERPRET": "1"}}
 ULP = 2**-23  # fp32's, of numbers between 1 and 2
 
 
@@ -37,7 +39,8 @@ def train(folder: Path, size: int, backend: str, flags: Sequence[str]) -> list[d
     if size > 1:
         python += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m"]
     command = [*python, "gpt2fast.train", "--", *flags, "--backend", backend, "--compile", "off", "--run", name]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else INTERPRETED[backend])
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RunError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-1500:]}")
     return run.read_metrics(folder / "out" / name / "metrics.jsonl")
@@ -91,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
                 "suite": "ranks",
                 "status": "ok",
                 "processes": size,
+                "threads_each": 1,
                 "backend": options.backend,
                 **compare(rows, one),
             }

@@ -16,6 +16,7 @@ from gpt2fast.distributed import ALONE, World, part, shard
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+ROW = 1024  # numbers of a gradient whose squares are summed by themselves
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -189,8 +190,15 @@ def _update(w: Tensor, copy: Tensor, g: Tensor, m: Tensor, v: Tensor, shorten: T
     copy.copy_(w)
 
 
+def _split(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat numbers as rows of ROW, and the rest of them."""
+    whole = len(g) // ROW
+    return g[: whole * ROW].view(whole, ROW), g[whole * ROW :]
+
+
 def _square_sum(g: Tensor) -> Tensor:
-    return (g.float() ** 2).sum()
+    rows, rest = _split(g)
+    return (rows.float() ** 2).sum(1).sum() + (rest.float() ** 2).sum()
 
 
 def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
@@ -226,11 +234,15 @@ def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Of all gradients together, fp32. On a CPU by dot products, which read memory twice as fast as torch's norm."""
-    if gradients[0].device.type == "cpu":
-        squares = [
-            _compiled(_square_sum)(g) if g.dtype == torch.bfloat16 else torch.dot(g, g)
-            for g in map(torch.flatten, gradients)
-        ]
-        return torch.stack(squares).sum().sqrt()
-    return torch.nn.utils.get_total_norm(gradients)
+    """Of all gradients together, fp32. On a CPU of rows first: in one sum over 38 M numbers torch, and the dot product of
+    BLAS too, lose 1e-3, and another number of threads loses other bits. Rows take no longer and lose 1e-7."""
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    squares = []
+    for g in map(torch.flatten, gradients):
+        if g.dtype == torch.bfloat16:
+            squares.append(_compiled(_square_sum)(g))
+        else:
+            rows, rest = _split(g)
+            squares.append(torch.linalg.vector_norm(rows, dim=1).square().sum() + torch.dot(rest, rest))
+    return torch.stack(squares).sum().sqrt()
