@@ -1,8 +1,8 @@
 """Do N processes train what one does, and how much faster? `python -m benchmarks.ranks`: torchrun, 1, 2 and 4 of them.
 
 The same run each time, with the same tokens in each step: one process adds up as many micro-batches as all the others
-have together. Losses and norms are compared step by step; beside them tokens/s. Each process has one CPU thread, as torchrun
-gives it, and on a machine with GPUs a GPU of its own; without one, Triton's kernels are interpreted.
+have together. Losses and norms are compared step by step; beside them tokens/s. Each process has one CPU thread, as of
+torchrun, and on a machine with GPUs a GPU of its own; without one, Triton's kernels are interpreted.
 """
 
 import argparse

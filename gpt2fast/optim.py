@@ -234,8 +234,8 @@ def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Of all gradients together, fp32. On a CPU of rows first: in one sum over 38 M numbers torch, and the dot product of
-    BLAS too, lose 1e-3, and another number of threads loses other bits. Rows take no longer and lose 1e-7."""
+    """Of all gradients together, fp32. On a CPU of rows first: in one sum over 38 M numbers torch loses 1e-3, as does
+    BLAS in a dot product, and another number of threads loses other bits. Rows take no longer and lose 1e-7."""
     if gradients[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(gradients)
     squares = []
