@@ -141,14 +141,14 @@ def kills(folder: Path, number: int, seed: int, say: Callable[[dict], None]) -> 
     moments = random.Random(seed)
     small.write_data(folder)
     flags = [*FLAGS, "--steps", "100000", "--checkpoint-every", str(EVERY), "--keep", "1", "--run", "killed"]
-    whole_run(folder, *flags, "--stop-at", "1")
+    whole_run(folder, *flags, "--stop-at", str(EVERY))
     rows = []
     for n, kind in enumerate(islice(cycle(TURNS), number), 1):
         rows.append({"kill": n} | kill(folder, flags, kind, moments.uniform(0, KINDS[kind][1])))
         say(rows[-1])
     end = str(max(row["reached"] for row in rows) + 2)
     whole_run(folder, *flags, "--resume", "--stop-at", end)
-    whole_run(folder, *flags, "--run", "straight", "--checkpoint-every", "1", "--keep", end, "--stop-at", end)
+    whole_run(folder, *flags, "--run", "straight", "--keep", end, "--stop-at", end)
     phases = Counter(row["phase"] for row in rows)
     return {
         "kills": number, "seed": seed, "checkpoint_every": EVERY, "steps": int(end), "phases": dict(phases),
