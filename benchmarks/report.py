@@ -190,15 +190,13 @@ def kernels_table(found: Sequence[Group]) -> str:
     return table(["kernel", "ours, ms", "best opponent, ms", "x the best opponent", "share of the ceiling"], lines)
 
 
-def ranks_table(results: Path) -> str:
-    found = [row for path in sorted(results.glob("*/*_ranks.jsonl")) for row in rows_of(path)]
-    found = latest(found, "backend", "processes")
+def ranks_table(group: Group) -> str:
     lines = [
-        [row["backend"], str(row["processes"]), str(row["numbers"]), f"{row['largest_relative_difference']:.1e}",
+        [str(row["processes"]), str(row["numbers"]), f"{row['largest_relative_difference']:.1e}",
          f"{row['in_units_of_fp32']}", number(row["tokens_per_s"])]
-        for row in sorted(found, key=lambda row: (row["backend"], row["processes"]))
+        for row in latest(group.rows, "processes")
     ]  # fmt: skip
-    heads = ["backend", "processes", "losses and norms", "largest difference from one process's, relative"]
+    heads = ["processes", "losses and norms", "largest relative difference from one process's"]
     return table([*heads, "in units of fp32 (2^-23)", "tokens/s"], lines)
 
 
@@ -210,7 +208,7 @@ def tables(results: Path = harness.RESULTS) -> dict[str, str]:
         "kernels": kernels_tables(results),
         "reproduce": reproduce_table(results),
         "generate": sections(results, "generate", generate_table),
-        "ranks": ranks_table(results),
+        "ranks": sections(results, "ranks", ranks_table),
         "floor": floor.of_results(results),
         "aot": aot_table(rows_of(results / "aot.jsonl")),
         "dependencies": dependencies_table(rows_of(results / "dependencies.jsonl")),

@@ -27,6 +27,7 @@ CONFIG: dict[str, Callable[[dict], dict]] = {
     "peers": lambda row: _pick(row["config"], "size", "B", "T", "precision", "device"),
     "generate": lambda row: _pick(row["config"], "size", "B", "prompt", "tokens", "precision", "device"),
     "kernels": lambda row: _pick(row, "op", "size", "shape"),
+    "ranks": lambda row: _pick(row, "backend"),
     "profile": lambda row: _pick(row, "size", "B", "T"),
 }
 
@@ -68,7 +69,7 @@ class Group:
     def title(self) -> str:
         """ "gpt2, B=4, T=256, bf16 on NVIDIA H200" """
         c = self.config
-        words = [c.get("size"), *(f"{name}={c[name]}" for name in ("B", "T") if name in c)]
+        words = [c.get("size") or c.get("backend"), *(f"{name}={c[name]}" for name in ("B", "T") if name in c)]
         words += [f"{c['prompt']} + {c['tokens']} tokens"] if "prompt" in c else []
         return ", ".join(filter(None, [*words, c.get("precision")])) + f" on {self.device}"
 

@@ -127,6 +127,19 @@ def test_kernels_are_ours_beside_the_best_opponent(tmp_path):
     assert "result 0 is wrong" in tables(tmp_path)["kernels"]
 
 
+def test_ranks_are_those_measured_last_whatever_their_commit(tmp_path):
+    row = {"suite": "ranks", "status": "ok", "backend": "torch", "numbers": 22, "in_units_of_fp32": 1.0}
+    for commit, hour, speed in (("bbbbbbb", 10, 1_000), ("aaaaaaa", 11, 2_000)):
+        machine = MACHINE | {"date": f"2026-11-26T{hour}:00:00+00:00"}
+        for processes in (1, 2):
+            more = {"processes": processes, "largest_relative_difference": 1e-7, "tokens_per_s": speed * processes}
+            write(tmp_path, "cpu", f"2026-11-26_{commit}_ranks.jsonl", row | more | {"machine": machine})
+    made = tables(tmp_path)["ranks"]
+    assert "**torch on " in made
+    assert "| 2 | 22 | 1.0e-07 | 1.0 | 4,000 |" in made
+    assert "| 1,000 |" not in made
+
+
 def test_rows_of_a_cpu_are_no_kernels_of_a_gpu(tmp_path):
     write(tmp_path, "cpu", "2026-11-21_aaaaaaa_kernels.jsonl", kernel("eager", 0.9, machine=MACHINE))
     assert tables(tmp_path)["kernels"] == rows.UNMEASURED.format("GPU")
