@@ -144,7 +144,7 @@ class TrainConfig:
 
 PRESETS = {
     "nano": TrainConfig(
-        model=SIZES["nano"], batch_size=8, seq_len=128, total_batch=1024, steps=340, lr=3e-3, run="nano",
+        model=SIZES["nano"], seq_len=128, total_batch=1024, steps=340, lr=3e-3, run="nano",
         val_every=100, val_batches=8, sample_every=100, checkpoint_every=100, prompt="def",
     ),
     "gpt2": TrainConfig(model=SIZES["gpt2"], run="gpt2"),
@@ -234,8 +234,8 @@ def check(config: TrainConfig, ranks: int = 1) -> None:
     if c.accumulation % ranks:
         raise UserError(
             f"--total-batch {c.total_batch} is {c.accumulation} micro-batches of B*T = {c.batch_size}*{c.seq_len}, and "
-            f"{ranks} processes cannot share them evenly: start a number that divides {c.accumulation}, or lower "
-            "--batch-size"
+            f"{ranks} processes cannot share them evenly: start a number that divides {c.accumulation}"
+            + ("" if c.resume else ", or lower --batch-size")
         )
     if c.deterministic and c.backend == "auto":
         raise UserError(
@@ -249,20 +249,22 @@ def check(config: TrainConfig, ranks: int = 1) -> None:
 
 
 def default_batch_size(config: TrainConfig, memory: int | None, ranks: int = 1) -> int:
-    """Largest power of two up to 64 whose step fits into `memory` bytes (None: a CPU, 4), and that divides each rank's
-    share of the total.
+    """Largest power of two up to 64 whose step fits into `memory` bytes (None: a CPU, up to 8, and 4096 tokens), and
+    that divides each rank's share of the total.
 
     Counted per token: the logits chain (bf16, fp32, and the gradients of both: 12 V) and about 40 L C bytes of
     activations, with --recompute 6 L C and one block's 40 C; per parameter: weight, gradient, two moments and a bf16
     copy (18).
     """
     m, T = config.model, config.seq_len
-    size = 64 if memory is not None else 4
+    size, limit = (8, 4096 // T) if memory is None else (64, 64)
     blocks = 6 * m.n_layer + 40 if config.recompute else 40 * m.n_layer
     token = 12 * m.padded_vocab_size + blocks * m.n_embd
     fixed = 18 * (12 * m.n_layer * m.n_embd**2 + m.padded_vocab_size * m.n_embd)
     while size > 1 and (
-        config.total_batch % (size * T * ranks) or (memory and fixed + size * T * token > 0.85 * memory)
+        size > limit
+        or config.total_batch % (size * T * ranks)
+        or (memory and fixed + size * T * token > 0.85 * memory)
     ):
         size //= 2
     return size

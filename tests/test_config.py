@@ -108,6 +108,7 @@ def test_the_batch_size_follows_from_memory():
     assert sizes[-1] >= 1
     assert config.default_batch_size(PRESETS["gpt2-xl"], 24 * GIB) == 1
     assert config.default_batch_size(PRESETS["gpt2"], None) == 4
+    assert [config.default_batch_size(PRESETS["nano"], None, ranks) for ranks in (1, 2, 8)] == [8, 4, 1]
     assert config.default_batch_size(TrainConfig(seq_len=1024, total_batch=3 * 1024), 141 * GIB) == 1
 
 
