@@ -262,9 +262,7 @@ def default_batch_size(config: TrainConfig, memory: int | None, ranks: int = 1) 
     token = 12 * m.padded_vocab_size + blocks * m.n_embd
     fixed = 18 * (12 * m.n_layer * m.n_embd**2 + m.padded_vocab_size * m.n_embd)
     while size > 1 and (
-        size > limit
-        or config.total_batch % (size * T * ranks)
-        or (memory and fixed + size * T * token > 0.85 * memory)
+        size > limit or config.total_batch % (size * T * ranks) or (memory and fixed + size * T * token > 0.85 * memory)
     ):
         size //= 2
     return size

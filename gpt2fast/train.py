@@ -191,8 +191,7 @@ def draw(s: Session) -> None:
         return
     folder = s.config.folder
     title = f"{folder.name} on {s.dataset.name}"
-    rows = run.read_metrics(folder / "metrics.jsonl", ("step", "loss", "val_loss"))
-    plot.loss_curve(rows, folder / "loss.png", title, s.entropy)
+    plot.loss_curve(run.iter_metrics(folder / "metrics.jsonl"), folder / "loss.png", title, s.entropy)
     gc.collect()  # a figure is a cycle of references around its pixels: 50 MB in 1000 steps of benchmarks.soak
 
 

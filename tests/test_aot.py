@@ -69,7 +69,7 @@ def test_attention_uses_each_architectures_tensor_cores():
 @pytest.mark.slow
 def test_what_this_triton_makes_of_the_kernels_as_they_are_now(run_module, tmp_path):
     cases = [case for case in aot.CASES if case.startswith("124M")]
-    architectures = [80, 90, 100, 120]  # 86 and 89 are compiled as 80 is
+    architectures = [90, 100]  # a minute each; the table has all of them
     options = ["--case", *cases, "--arch", *architectures, "--out", tmp_path / "aot.jsonl"]
     done = run_module("benchmarks.aot", *options, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -133,6 +133,7 @@ def test_what_a_kernel_must_move_and_multiply():
     assert 2 * found["cross_entropy"][1] == pytest.approx(13.19e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_kernels_end_to_end(run_module, tmp_path):
     done = run_module("benchmarks.kernels", "--op", "gelu", "--tokens", 64, "--file", tmp_path / "k.jsonl", check=True)
     assert "lengths" not in done.stderr

@@ -112,6 +112,7 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, no_picture, code):
         shutil.rmtree(c.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "loss.png"])
 def test_a_run_file_that_cannot_be_written(folder, capsys, monkeypatch, name, code):

@@ -186,6 +186,7 @@ def test_smoothing():
         assert value == pytest.approx(y[i - width : i + width + 1].mean())
 
 
+@pytest.mark.slow
 def test_command_line(run, run_module, tmp_path):
     pytest.importorskip("tyro", reason="needs tyro for the command line")
     from matplotlib.image import imread

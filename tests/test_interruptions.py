@@ -63,6 +63,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folder, number, code):
     assert "--resume" in output
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_given_up_after_a_signal(folder):
     """1024 micro-batches make a step of a minute or more: the checkpoint is of step 0, in time."""
     tiny.write_data(folder / "data", n=40000)
@@ -79,6 +80,7 @@ def test_a_step_that_takes_too_long_is_given_up_after_a_signal(folder):
     assert [step for step, _ in checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")] == [0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_the_last_checkpoint(folder):
     first = start(folder, *tiny.FLAGS, "--stop-at", "4")
     assert first.wait(timeout=120) == 0

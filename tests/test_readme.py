@@ -11,6 +11,11 @@ from test_hellaswag import write_jsonl
 pytest.importorskip("tyro", reason="needs tyro for the command lines")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS[2:] for line in block.splitlines()]
+# These programs run in tests of their own, whose minutes need not be spent twice.
+HAVE_TESTS = [
+    f"benchmarks.{name}"
+    for name in ("ladder", "peers", "generate", "kills", "soak", "kernels", "aot", "options", "scale")
+]
 # What is added to keep a command short: of a flag that is given twice, the last counts.
 SHORT = {
     "gpt2fast.train": "--steps 4 --val-batches 1 --sample-tokens 3",
@@ -25,18 +30,9 @@ SHORT = {
     "gpt2fast.inspect": "",
     "gpt2fast.train gpt2": "--model.n-layer 1 --model.n-head 2 --model.n-embd 32 --model.block-size 64 --batch-size 1 "
     "--seq-len 64 --total-batch 64 --steps 1 --val-batches 1 --sample-tokens 3",
-    "benchmarks.ladder": "--steps 1 --warmup 1 --rungs fp32 --batch-size 1 --seq-len 32 --out rows",
-    "benchmarks.peers": "--size nano --device cpu --batch-size 1 --seq-len 32 --steps 1 --warmup 1 --seconds 0.1 "
-    "--repetitions 1 --file rows/peers.jsonl --peers 'torch eager'",
-    "benchmarks.generate": "--size nano --tokens 3 --prompt 3 --repetitions 1 --file rows/texts.jsonl",
-    "benchmarks.kills": "--kills 2 --file rows/kills.jsonl",
     "benchmarks.ranks": "--sizes 2 --flags '--total-batch 2048 --steps 2 --warmup 1' --file rows/ranks.jsonl",
-    "benchmarks.soak": "--steps 60 --every 6 --limit 524288 --file rows/soak.jsonl",
     "benchmarks.report": "--check",  # and not a README written by a test
-    "benchmarks.kernels": "--op gelu --tokens 64 --file rows/kernels.jsonl",
-    "benchmarks.aot": "--arch 90 --case '124M gelu'",
-    "benchmarks.options": "--option checkpointing --steps 1 --batch-size 1 --device cpu --file rows/options.jsonl",
-    "benchmarks.scale": "--size nano --device cpu --lengths 32 --tokens 32 --plain --file rows/scale.jsonl",
+    **dict.fromkeys(HAVE_TESTS, "--help"),
     "benchmarks.floor": "",
     "benchmarks.gpu": "",
     "benchmarks.tune": "",

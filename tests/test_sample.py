@@ -186,6 +186,7 @@ def test_a_stream_is_the_text_in_pieces(written, capsys, monkeypatch):
     assert len(shown) > len(tokens)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, run_module):
     pytest.importorskip("tyro", reason=COMMAND)
     c = tiny.config(tmp_path, steps=3, warmup=1, run="a")
