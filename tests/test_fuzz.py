@@ -11,6 +11,7 @@ import struct
 import warnings
 import zipfile
 from http.client import HTTPMessage
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import foreign
@@ -55,6 +56,18 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
         assert outcome != "finding", f"python tests/fuzz.py --only {name!r} --seed {seed}: {why}"
 
     each()
+
+
+def test_the_program_starts_as_the_readme_says(run_python):
+    """From any folder, with nothing but the package installed."""
+    try:
+        distribution("gpt2fast")
+    except PackageNotFoundError:
+        pytest.skip("needs gpt2fast installed, and it is only on the path")
+    done = run_python(CHECKOUT / "tests/fuzz.py", "--only", "shard npy", "--seconds", 1, env={"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert "shard npy" in done.stdout
+    assert "`python tests/fuzz.py --seconds" in (CHECKOUT / "README.md").read_text()
 
 
 def endless() -> None:
