@@ -123,12 +123,13 @@ def ready_adamw(g: Tensor, w: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor
     from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm
 
     table, copy, one = ParameterTable(g.device), g.clone(), torch.ones((), device=g.device)
-    table.refresh([(g, w, m, v.abs_(), copy, torch.zeros_like(one))])
+    step = torch.zeros_like(one)
+    table.refresh([(g, w, m, v.abs_(), copy, step)])
     table.set_numbers(torch.tensor([[0.1, 0.05, 1e-8, 0.01, 0.01, -0.1, -0.05]]))  # 1 - beta and log2 beta, about
 
     def call() -> list[Tensor]:
         norm = gradient_norm(table)
         adamw_(table, one)
-        return [norm, w, m, v, copy]
+        return [norm, w, m, v, copy, step, g]  # all of which must live as long as the table has their addresses
 
     return [x.clone() for x in call()], call
