@@ -1,10 +1,12 @@
 """Does a long run stay as it began? `python -m benchmarks.soak`: thousands of small steps, watched from outside.
 
 A real training process with all that a run does between its steps: validation, samples, loss.png, checkpoints. Every
-so often its resident memory, open files, threads and processor time are read from /proc. Afterwards: memory's slope by
-least squares in the second half; no more files and threads held at the end than early on; a step's processor time
-in the last fifth beside the second; and metrics.jsonl, where every step stands once, in order. Others may share the
-machine, and their load makes ours slower, also by its own processor time: so each fifth's fastest tenth is compared.
+so often its resident memory, open files, threads and processor time are read from /proc. Afterwards: memory's growth,
+as the median of the second half's twentieths (a heap with holes takes a tensor's size at once, now and then; a leak
+goes on) and as its slope by least squares, which counts such jumps; no more files and threads held at the end than early on;
+a step's processor time in the last fifth beside the second; and metrics.jsonl, where every step stands once, in order.
+Others may share the machine, and their load makes ours slower, also by its own processor time: so each fifth's fastest
+tenth is compared.
 """
 
 import argparse
@@ -32,6 +34,7 @@ MODELS = {"small": small.FLAGS, "nano": (
 SLOWER = 0.1  # of a step's time that is noise
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which Linux counts a process's time: 0.01
 BLOCKS = 10  # parts of a fifth of the run
+PARTS = 20  # of its second half
 
 
 def sample(pid: int, start: float) -> dict:
@@ -93,8 +96,14 @@ def step_times(samples: Sequence[dict], low: float, high: float) -> list[float]:
 def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: float) -> dict:
     """What the samples and metrics.jsonl come to; "faults" says what is wrong, in words."""
     warm = [row for row in samples if row["step"] >= steps / 5]
-    # where no hole fits the heap grows by a tensor at once, also after a thousand steps, and then stays; a leak goes on
-    growth, error = slope([(row["step"] / 1000, row["rss"]) for row in samples if row["step"] >= steps / 2])
+    half = [row for row in samples if row["step"] >= steps / 2]
+    slope_, error = slope([(row["step"] / 1000, row["rss"]) for row in half])
+    edges = [half[round(i * (len(half) - 1) / PARTS)] for i in range(PARTS + 1)]
+    growth = statistics.median(
+        (b["rss"] - a["rss"]) / (b["step"] - a["step"]) * 1000
+        for a, b in itertools.pairwise(edges)
+        if b["step"] > a["step"]
+    )
     before, after = min(step_times(samples, 0.2, 0.4)), min(step_times(samples, 0.8, 1.0))
     quarter = max(1, len(warm) // 4)  # at its end what is there in every sample: an event has a file open for a moment
     held = {
@@ -102,14 +111,15 @@ def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: floa
         for name in ("files", "threads")
     }
     found = {
-        "rss_per_1000_steps": round(growth), "rss_standard_error": round(error), "rss_limit": round(limit),
+        "rss_per_1000_steps": round(slope_), "rss_standard_error": round(error), "rss_limit": round(limit),
+        "rss_steady_growth": round(growth),
         "rss_first": samples[0]["rss"], "rss_half": samples[len(samples) // 2]["rss"], "rss_last": samples[-1]["rss"],
         **held,
         "cpu_ms_second_fifth": before * 1e3, "cpu_ms_last_fifth": after * 1e3,
         "validations": sum("val_loss" in row for row in rows), "samples": sum("sample" in row for row in rows),
     }  # fmt: skip
     faults = []
-    if growth - 2 * error > limit:
+    if growth > limit:
         faults.append(f"memory grows by {growth:,.0f} bytes in 1000 steps, more than {limit:,.0f}")
     faults += [f"open {name} grew from {a} to {b}" for name in ("files", "threads") for a, b in [found[name]] if b > a]
     rounding = 2 * TICK / (steps / 5 / BLOCKS)
@@ -141,8 +151,9 @@ def soak(
 
 def describe(found: dict) -> str:
     return "\n".join([
-        f"memory  {found['rss_per_1000_steps'] / 2**10:+,.1f} KiB in 1000 steps, standard error "
-        f"{found['rss_standard_error'] / 2**10:,.1f}; {found['rss_first'] / 2**20:,.1f} MiB at the first sample, "
+        f"memory  {found['rss_steady_growth'] / 2**10:+,.1f} KiB in 1000 steps, slope "
+        f"{found['rss_per_1000_steps'] / 2**10:+,.1f}, standard error {found['rss_standard_error'] / 2**10:,.1f}; "
+        f"{found['rss_first'] / 2**20:,.1f} MiB at the first sample, "
         f"{found['rss_half'] / 2**20:,.1f} half-way, {found['rss_last'] / 2**20:,.1f} at the last",
         *(f"{name:<8}{found[name][0]} early on, {found[name][1]} held at the end" for name in ("files", "threads")),
         f"step    {found['cpu_ms_second_fifth']:.2f} ms of a processor in the second fifth, "
