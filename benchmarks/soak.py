@@ -3,7 +3,7 @@
 A real training process with all that a run does between its steps: validation, samples, loss.png, checkpoints. Every
 so often its resident memory, open files, threads and processor time are read from /proc. Afterwards: memory's growth,
 as the median of the second half's twentieths (a heap with holes takes a tensor's size at once, now and then; a leak
-goes on) and as its slope by least squares, which counts such jumps; no more files and threads held at the end than early on;
+goes on) and as its slope by least squares, which counts such jumps; no more files and threads held than early on;
 a step's processor time in the last fifth beside the second; and metrics.jsonl, where every step stands once, in order.
 Others may share the machine, and their load makes ours slower, also by its own processor time: so each fifth's fastest
 tenth is compared.
