@@ -16,6 +16,7 @@ say it. Source of ZeRO-1: Rajbhandari et al. 2020, arXiv:1910.02054, stage 1 (P_
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -233,13 +234,19 @@ def _cause(error: BaseException) -> tuple[str, int]:
 def _who_is_gone(world: World, store: dist.Store) -> str:
     """In words, for the first of the survivors; "" for the others."""
     store.set(f"alive/{world.rank}", "")
-    # Closes gloo's connections, so that those notice who only wait for this one. NCCL's may never close: hence a thread
+    _hang_up()
+    # The same where there is no /proc. It may wait for others itself: hence a thread
     threading.Thread(target=dist.destroy_process_group, daemon=True).start()
 
     def silent() -> list[int]:
         return [rank for rank in range(world.size) if not store.check([f"alive/{rank}"])]
 
-    _within(ROLL_CALL, lambda: _causes(world, store) or len(silent()) <= 1)
+    def all_have_answered() -> bool:
+        """All but one, or but those who said why they end; else two survivors may each think that they are first."""
+        known = set(_causes(world, store))
+        return set(silent()) <= known if known else len(silent()) <= 1
+
+    _within(ROLL_CALL, all_have_answered)
     causes, lost = _causes(world, store), silent()
     if world.rank != min(set(range(world.size)) - set(lost), default=world.rank):
         return ""
@@ -250,6 +257,16 @@ def _who_is_gone(world: World, store: dist.Store) -> str:
         ranks = ", ".join(map(str, lost))
         what = f"rank {ranks} is gone without a word: killed, out of memory, or its machine is gone"
     return f"{what}; what was saved is whole: continue with --resume"
+
+
+def _hang_up() -> None:
+    """Shut all connections but the store's, so that those notice who only wait for this process."""
+    port = int(os.environ["MASTER_PORT"])
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:  # most are no sockets
+            internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+            if internet and port not in (connection.getpeername()[1], connection.getsockname()[1]):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _causes(world: World, store: dist.Store) -> dict[int, str]:
