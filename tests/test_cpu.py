@@ -89,6 +89,24 @@ def test_attention_where_probabilities_vanish(dtype):
     judge("attention", [qkv], (1,), gradient_factor=2.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_rounds_only_products_of_what_is_bf16_already(dtype, monkeypatch):
+    """Asked of torch's setting: a CPU that multiplies no bf16 ignores it, and would show no difference."""
+    matmul, bmm, asked = torch.backends.mkldnn.matmul, torch.bmm, []
+    before = matmul.fp32_precision
+
+    def noted(*args):
+        asked.append(matmul.fp32_precision)
+        return bmm(*args)
+
+    monkeypatch.setattr(torch, "bmm", noted)
+    qkv = normal(1, 40, 3 * 16, dtype=DTYPES[dtype], device="cpu").requires_grad_()
+    cpu.attention(qkv, 1).sum().backward()
+    assert set(asked) == {"bf16" if dtype == "bf16" else before}
+    assert before != "bf16"
+    assert matmul.fp32_precision == before
+
+
 def test_attention_takes_a_gradient_that_is_not_contiguous():
     qkv = normal(2, 9, 24, dtype=torch.float32, device="cpu")
     do = normal(9, 2, 8, dtype=torch.float32, device="cpu").transpose(0, 1)
