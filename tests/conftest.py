@@ -8,6 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# Before torch, whose OpenMP reads it once: two test processes of two threads each spin on two cores while they wait,
+# and the suite takes half as long again.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 CHECKOUT = Path(__file__).resolve().parent.parent
