@@ -29,7 +29,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -151,12 +150,15 @@ def shard(make: Callable[..., Optimizer], groups: list[dict], world: World, **se
 
     Bit for bit what `make(groups, **settings)` does on every rank.
     """
+    # imported here: it takes a second, which most programs need not wait
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     return ZeroRedundancyOptimizer(groups, make, process_group=world.gradients, **settings)  # type: ignore[arg-type]
 
 
 def part(optimizer: Optimizer) -> Optimizer:
     """The optimizer that does the work on this rank: ZeRO-1 has it inside."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return getattr(optimizer, "optim", optimizer)
 
 
 # ---- beginning and end ----

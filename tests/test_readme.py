@@ -10,7 +10,7 @@ from test_hellaswag import write_jsonl
 
 pytest.importorskip("tyro", reason="needs tyro for the command lines")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-COMMANDS = [line for block in BLOCKS[2:] for line in block.splitlines()]
+COMMANDS = ["python -m gpt2fast.train"] + [line for block in BLOCKS[2:] for line in block.splitlines()]
 # These programs run in tests of their own, whose minutes need not be spent twice.
 HAVE_TESTS = [
     f"benchmarks.{name}"
@@ -30,7 +30,8 @@ SHORT = {
     "gpt2fast.inspect": "",
     "gpt2fast.train gpt2": "--model.n-layer 1 --model.n-head 2 --model.n-embd 32 --model.block-size 64 --batch-size 1 "
     "--seq-len 64 --total-batch 64 --steps 1 --val-batches 1 --sample-tokens 3",
-    "benchmarks.ranks": "--sizes 2 --flags '--total-batch 2048 --steps 2 --warmup 1' --file rows/ranks.jsonl",
+    "benchmarks.ranks": "--sizes 2 --file rows/ranks.jsonl "
+    "--flags '--data data --model.vocab-size 256 --model.n-layer 1 --total-batch 1024 --steps 2 --warmup 1'",
     "benchmarks.report": "--check",  # and not a README written by a test
     **dict.fromkeys(HAVE_TESTS, "--help"),
     "benchmarks.floor": "",
@@ -67,25 +68,42 @@ def test_each_fault_in_the_table_has_the_test_that_it_names():
     assert [name for name in named if f"def {name}(" not in tests] == []
 
 
+def key_of(command: str) -> str:
+    """Its line in SHORT."""
+    words = shlex.split(command.partition(" -m ")[2])
+    return next(key for key in (" ".join(words[:2]), " ".join([words[0], *words[2:4]]), words[0]) if key in SHORT)
+
+
+def test_every_command_is_made_short_on_purpose():
+    assert {key_of(command) for command in COMMANDS} == set(SHORT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A reader's, in which all commands run."""
+    path = tmp_path_factory.mktemp("reader")
+    (path / "README.md").write_text("A text of one's own. " * 2000)
+    write_jsonl(path / "hellaswag_val.jsonl")
+    return path
+
+
 @pytest.mark.slow
-def test_the_other_commands_run_in_the_order_in_which_they_stand(tmp_path, run_python):
-    """After the main command, in one folder, as a reader would."""
-    (tmp_path / "README.md").write_text("A text of one's own. " * 2000)
-    write_jsonl(tmp_path / "hellaswag_val.jsonl")
-    unused = set(SHORT)
-    for command in ["python -m gpt2fast.train", *COMMANDS]:
-        variables = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
-        launcher, _, ours = command.partition(" -m ")
-        program, *options = shlex.split(launcher)[len(variables) :]
-        assert program in LAUNCHERS, f"not run by any test: {command}"
-        words = shlex.split(ours)
-        key = next(key for key in (" ".join(words[:2]), " ".join([words[0], *words[2:4]]), words[0]) if key in SHORT)
-        unused.discard(key)
-        done = run_python(
-            *LAUNCHERS[program], *options, "-m", *words, *shlex.split(SHORT[key]),
-            cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", **variables},
-        )  # fmt: skip
-        expected = 2 if key in ("benchmarks.gpu", "benchmarks.tune") else 0  # they say that there is no GPU
-        assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert not unused
-    assert (tmp_path / "out" / "nano" / "loss.png").exists()
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run_in_the_order_in_which_they_stand(command, folder, run_python):
+    """Each needs what those before it left."""
+    variables = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
+    launcher, _, ours = command.partition(" -m ")
+    program, *options = shlex.split(launcher)[len(variables) :]
+    assert program in LAUNCHERS
+    key = key_of(command)
+    done = run_python(
+        *LAUNCHERS[program], *options, "-m", *shlex.split(ours), *shlex.split(SHORT[key]),
+        cwd=folder, env={"CUDA_VISIBLE_DEVICES": "", **variables},
+    )  # fmt: skip
+    expected = 2 if key in ("benchmarks.gpu", "benchmarks.tune") else 0  # they say that there is no GPU
+    assert done.returncode == expected, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_first_of_them_left_a_picture(folder):
+    assert (folder / "out" / "nano" / "loss.png").exists()
