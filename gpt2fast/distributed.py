@@ -1,7 +1,8 @@
 """Many processes, one model: torchrun's environment -> a frozen World.
 
     control     a gloo group of the hosts: signals, sums of validation, errors. It may wait long, for rank 0 may be
-                writing a checkpoint; and a process that is gone is noticed at once, since its sockets close
+                writing a checkpoint; a process that is gone is noticed at once, since its sockets close, and a machine
+                without power or network in half a minute, since it does not answer the kernel
     gradients   NCCL on CUDA, else gloo: DDP's buckets and the loss; on CUDA nobody is waited for longer than a minute
 
 A World of one process does all of this at once, at no cost: the rest of the code does not ask how many there are.
@@ -17,6 +18,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -36,6 +38,7 @@ from gpt2fast.errors import UserError
 
 PATIENCE = timedelta(hours=2)  # of the hosts: rank 0 may be writing a large checkpoint to a slow disk
 HANG = timedelta(minutes=1)  # of NCCL, which does not notice that a machine has lost its power
+LOST = 30  # seconds after which a host that does not answer counts as gone
 ROLL_CALL = 15.0  # seconds for survivors to answer; torchrun kills them after 30
 
 
@@ -60,6 +63,7 @@ class World:
         cuda = device.type == "cuda"
         group = dist.new_group(backend="nccl" if cuda else "gloo", timeout=HANG if cuda else PATIENCE)
         assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+        _notice_lost_hosts()
         return replace(self, gradients=group)
 
     def replicate(self, module: nn.Module) -> nn.Module:
@@ -195,6 +199,7 @@ def _join() -> tuple[World, dist.Store]:
         store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
         store = dist.PrefixStore("gpt2fast", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        _notice_lost_hosts()
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and so many processes do not come together ({_line(error)}): "
@@ -264,11 +269,35 @@ def _who_is_gone(world: World, store: dist.Store) -> str:
 def _hang_up() -> None:
     """Shut all connections but the store's, so that those notice who only wait for this process."""
     port = int(os.environ["MASTER_PORT"])
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:  # most are no sockets
-            internet = connection.family in (socket.AF_INET, socket.AF_INET6)
-            if internet and port not in (connection.getpeername()[1], connection.getsockname()[1]):
+    for connection in _connections():
+        with contextlib.suppress(OSError):  # some only listen
+            if port not in (connection.getpeername()[1], connection.getsockname()[1]):
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def _notice_lost_hosts() -> None:
+    """Ask the kernel for an error on connections to a host that has not answered for LOST seconds.
+
+    One without power or network says no farewell, and gloo and the store would wait for as long as PATIENCE.
+    """
+    for connection in _connections():
+        with contextlib.suppress(OSError):  # closed by now
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # while nothing is sent: ask
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST // 3)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST // 6)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST * 1000)  # while something is
+
+
+def _connections() -> Iterator[socket.socket]:
+    """The sockets of this process that lead to others, where there is a /proc: Linux."""
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # closed by now
+            if stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                    if internet and connection.type == socket.SOCK_STREAM:
+                        yield connection
 
 
 def _causes(world: World, store: dist.Store) -> dict[int, str]:
