@@ -15,7 +15,7 @@ from gpt2fast.step import TrainingStep
 
 pytestmark = pytest.mark.kernel
 
-CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=40, vocab_size=300)  # 20 more words are padding
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300)  # 20 more words are padding
 STEPS = 10
 SWAPS = {name: OpsConfig(**{name: "triton"}) for name in NAMES} | {"all": OpsConfig().with_backend("triton")}
 runs: dict[tuple, torch.Tensor] = {}

@@ -1,6 +1,5 @@
 """Two machines, played by two network namespaces with a cable between them: torchrun's lines for several nodes."""
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from conftest import CHECKOUT, CUDA
 
 from gpt2fast import checkpoint
 from gpt2fast import train as program
+from gpt2fast.run import read_metrics
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CUDA, reason="gloo on CPUs")]
@@ -76,8 +76,7 @@ def torchrun(namespace: str, host: str, folder: Path, *flags: str) -> subprocess
 
 
 def rows(folder: Path, run: str) -> list[dict]:
-    path = folder / "out" / run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(folder / "out" / run / "metrics.jsonl")
 
 
 def test_two_machines_train_what_one_process_does(hosts, folder):
@@ -106,7 +105,6 @@ def test_a_machine_that_loses_its_network_ends_the_run(hosts, folder, lost):
     while "error: rank" not in (folder / f"{left}.txt").read_text():
         assert time.monotonic() < cut + 60
         time.sleep(0.2)
-    print(f"{time.monotonic() - cut:.0f} s")
     said = (folder / f"{left}.txt").read_text()
     assert "is gone without a word" in said if lost == "b" else "the others cannot be reached" in said
     assert checkpoint.list_checkpoints(folder / "out/lost/checkpoints")
