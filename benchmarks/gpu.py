@@ -37,7 +37,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import floor, generate, harness, kernels, ladder, peers, scale, step_profile, tune
-from benchmarks import options as option_curves
 from benchmarks import sanitize as sanitizer
 from benchmarks.rows import rows_of
 from benchmarks.rungs import ADDED, ALL, FUSED, SWAPS, WITHOUT, Rung
@@ -79,13 +78,13 @@ def environment(
 def gpu_tests(options: argparse.Namespace, device: torch.device) -> None:
     """A row with the counts of each file, even if some tests fail or hang. All at once: most of it is compiling."""
     folder = harness.ROOT / "tests"
-    files = [path for path in sorted(folder.glob("test_*.py")) if re.search(r"mark\.(gpu|kernel)\b", path.read_text())]
+    files = [path for path in sorted(folder.rglob("test_*.py")) if re.search(r"mark\.(gpu|kernel)\b", path.read_text())]
     arguments = ["-m", "gpu or kernel", "-q", "-p", "no:cacheprovider"]
 
     def run(path: Path) -> dict:
         log = options.out / f"{path.stem}.log"
         result = harness.run_apart("pytest", *arguments, path, limit=options.limit - 10, log=log)
-        return {"file": path.name, **result, **count_tests(log.read_text(errors="replace"))}
+        return {"file": str(path.relative_to(folder)), **result, **count_tests(log.read_text(errors="replace"))}
 
     with ThreadPoolExecutor(len(files)) as pool:
         rows = list(pool.map(run, files))
@@ -162,7 +161,10 @@ def scaling(options: argparse.Namespace, device: torch.device) -> None:
 
 def curves(options: argparse.Namespace, device: torch.device) -> None:
     """Loss curves of each option, its rows in the same file."""
-    if option_curves.main(["--device", str(device), "--file", str(options.out / "gpu.jsonl")]):
+    arguments = ["--device", device, "--file", options.out / "gpu.jsonl"]
+    row = harness.run_apart("tests.long.options", *arguments, limit=options.limit - 10, log=options.out / "curves.log")
+    print((options.out / "curves.log").read_text(errors="replace"))
+    if row["status"] != "ok":
         raise SystemExit(1)
 
 
@@ -200,7 +202,7 @@ STAGES = {
 
 
 DESCRIBED = {  # by suite
-    "kernels": kernels.describe, "tune": tune.describe, "scale": scale.describe, "options": option_curves.describe,
+    "kernels": kernels.describe, "tune": tune.describe, "scale": scale.describe,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import dependencies, floor, harness, plots
+from benchmarks import floor, harness, plots
 from benchmarks.rows import UNMEASURED, Group, compared, groups, latest, number, origin, reason, rows_of, rung
 from gpt2fast.errors import UserError, run_main
 from gpt2fast.files import write_atomic
@@ -21,7 +21,7 @@ PUBLISHED = {
     "one of 8 NVIDIA A100 80GB SXM, llm.c": (218_000, "300 ms a step: its `scripts/run_gpt2_124M.sh`"),
     "one of 8 NVIDIA H100 SXM, llm.c": (468_000, "140 ms a step: modded-nanogpt's log of it, 2024-10-13"),
 }
-PLACES = {"dependencies": "CONTRIBUTING.md"}  # the other tables stand in README.md
+DOCUMENT = "README.md"  # where the tables stand
 SHOWN = ("124M attention bf16", "124M layer norm, bf16 stream")
 
 
@@ -44,18 +44,6 @@ def aot_table(rows: Sequence[dict]) -> str:
             for (kernel, residual, warps), cells in found.items()
         ),
     )
-
-
-def dependencies_table(rows: Sequence[dict]) -> str:
-    """First what everybody installs, then the extras; in each the heaviest first."""
-    lines = []
-    for row in sorted(rows, key=lambda row: (bool(row["extras"]), -row["megabytes"])):
-        why, instead = dependencies.REASONS[row["name"]]
-        sizes = [f"{row['megabytes']:,.1f}", f"{row['saved']:,.1f}"]
-        needed = ", ".join(row["extras"]) or ("at start-up" if row["at_start"] else "when needed")
-        lines.append([f"`{row['name']}`", why, instead, *sizes, row["licence"], needed])
-    head = ["package", "why", "instead", "MB", "MB saved without", "licence", "imported, or extra"]
-    return f"{origin(rows)}:\n\n{table(head, lines)}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -211,16 +199,15 @@ def tables(results: Path = harness.RESULTS) -> dict[str, str]:
         "ranks": sections(results, "ranks", ranks_table),
         "floor": floor.of_results(results),
         "aot": aot_table(rows_of(results / "aot.jsonl")),
-        "dependencies": dependencies_table(rows_of(results / "dependencies.jsonl")),
     }
 
 
-def fill(text: str, name: str, table: str, document: str) -> str:
+def fill(text: str, name: str, table: str) -> str:
     """`text` with `table` between the markers of that name."""
     before, start, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if not start or not end:
-        raise UserError(f"{document} has no place <!-- {name} --> ... <!-- /{name} -->: put the markers back")
+        raise UserError(f"{DOCUMENT} has no place <!-- {name} --> ... <!-- /{name} -->: put the markers back")
     return f"{before}{start}{table}\n{end}{after}"
 
 
@@ -229,13 +216,12 @@ def update(root: Path, check: bool) -> list[str]:
     results, folder = root / "benchmarks/results", root / "benchmarks/plots"
     stale = []
     for name, made in tables(results).items():
-        document = PLACES.get(name, "README.md")
-        text = (root / document).read_text(encoding="utf-8")
-        filled = fill(text, name, made, document)
+        text = (root / DOCUMENT).read_text(encoding="utf-8")
+        filled = fill(text, name, made)
         if filled != text:
-            stale.append(f"{document}, table {name}")
+            stale.append(f"{DOCUMENT}, table {name}")
             if not check:
-                write_atomic(root / document, filled)
+                write_atomic(root / DOCUMENT, filled)
     for name, plot in plots.PLOTS.items():
         path, data = folder / f"{name}.png", plot.data(results)
         if plots.fingerprint_in(path) != plots.fingerprint(data):

@@ -192,7 +192,7 @@ def draw(s: Session) -> None:
     folder = s.config.folder
     title = f"{folder.name} on {s.dataset.name}"
     plot.loss_curve(run.iter_metrics(folder / "metrics.jsonl"), folder / "loss.png", title, s.entropy)
-    gc.collect()  # a figure is a cycle of references around its pixels: 50 MB in 1000 steps of benchmarks.soak
+    gc.collect()  # a figure is a cycle of references around its pixels: 50 MB in 1000 steps of tests.long.soak
 
 
 def events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = ()) -> None:

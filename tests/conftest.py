@@ -9,20 +9,27 @@ from types import ModuleType
 
 import pytest
 
-# Before torch, whose OpenMP reads it once: two test processes of two threads each spin on two cores while they wait,
-# and the suite takes half as long again.
+# Before NumPy and torch, which read them once: threads of two test processes would wait for each other on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-CUDA = torch.cuda.is_available()
-THREADS = 2  # fixed, since sums over 1 and over 2 threads differ in their last bits
+from gpt2fast import allocator
+from tests.tools import programs
+from tests.tools.accounts import (  # noqa: F401  # pytest finds its hooks here
+    pytest_configure,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+from tests.tools.checkout import CUDA, THREADS
 
 torch.set_num_threads(THREADS)
+allocator.keep_freed_memory = lambda: False  # for good: this process would keep the memory of all its tests
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch has not done yet
-    import interpreter
+    from tests.tools import interpreter
 
     interpreter.repair()
 
@@ -39,29 +46,55 @@ def device() -> torch.device:
 
 @pytest.fixture
 def run_python(tmp_path):
-    """run_python(*args, cwd=, env=, check=, timeout=): `python *args` in an empty folder, the checkout importable.
+    """run_python(*args, cwd=, env=, check=): `python *args` in an empty folder, the checkout importable.
 
     The program gets a user's environment: what the tests set for themselves is taken out of it.
     """
+    return partial(programs.run, cwd=tmp_path)
 
-    def run(*args, cwd=tmp_path, env=None, check=False, timeout=300) -> subprocess.CompletedProcess:
-        outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        defaults = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": str(THREADS)}
+
+@pytest.fixture
+def run_module(run_python):
+    """run_module("gpt2fast.train", "--steps", "3"): `python -m ...`, with the options of run_python."""
+    return partial(run_python, "-m")
+
+
+@pytest.fixture
+def fresh_python(tmp_path):
+    """The same by a new interpreter, where imports or its environment at the start are what is tested."""
+
+    def run(*args, cwd=tmp_path, env=None, check=False) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, args)]
-        done = subprocess.run(
-            command, cwd=cwd, env=outside | defaults | (env or {}), capture_output=True, text=True, timeout=timeout
+        done = subprocess.run(command, cwd=cwd, env=programs.environment(env), capture_output=True, text=True)
+        assert not check or done.returncode == 0, (
+            f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         )
-        if check:
-            assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run
 
 
 @pytest.fixture
-def run_module(run_python):
-    """run_module("gpt2fast.train", "--steps", "3"): `python -m ...`, with the options of run_python."""
-    return lambda module, *args, **options: run_python("-m", module, *args, **options)
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with data in it, the only things there."""
+    from tests.tools import tiny
+
+    monkeypatch.chdir(tmp_path)
+    tiny.write_data(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch) -> None:
+    """Training in this process draws no loss.png, which takes longer than its steps, unless the test asks for it."""
+    train = sys.modules.get("gpt2fast.train")
+    if train and "picture" not in request.fixturenames:
+        monkeypatch.setattr(train, "draw", lambda s: None)
+
+
+@pytest.fixture(scope="session")
+def picture() -> None:
+    """Asked for where loss.png is looked at."""
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""Measurements: rows are whole, whatever crashes or hangs; what needs a GPU runs small on a CPU here."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness
+
+CPU = torch.device("cpu")
+
+
+def test_spread():
+    assert harness.spread([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]) == {"median": 6, "p20": 3.0, "p80": 9.0}
+
+
+def test_time_calls_keeps_to_its_seconds_but_makes_three_calls():
+    calls = []
+    times = harness.time_calls(lambda: calls.append(time.sleep(0.02)), CPU, n=1000, max_seconds=0.2)
+    assert 3 <= len(times) <= 10
+    assert len(calls) == len(times) + 1  # the first is for the estimate
+    assert all(0.02 <= t < 0.2 for t in times)
+    assert len(harness.time_calls(lambda: time.sleep(0.02), CPU, n=1000, max_seconds=0.0)) == 3
+
+
+def test_rows_are_appended(tmp_path):
+    path = tmp_path / "a" / "rows.jsonl"
+    for i in range(2):
+        harness.append_row(path, {"i": i})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"i": 0}, {"i": 1}]
+
+
+def test_results_are_filed_by_device_date_and_commit(tmp_path):
+    path = harness.results_file("ladder", tmp_path)
+    assert path.parent.parent == tmp_path
+    assert path.name.endswith("_ladder.jsonl")
+    assert torch.cuda.is_available() or path.parent.name == "cpu"
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """program(code): the name of a module with that code, importable by a process that is run apart."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(code):
+        (tmp_path / "stage_under_test.py").write_text(code)
+        return "stage_under_test"
+
+    return write
+
+
+def test_a_crash_is_a_row_with_the_end_of_its_output(program, tmp_path):
+    module = program("import sys\nprint('before'); sys.exit('the reason')")
+    row = harness.run_apart(module, limit=60, log=tmp_path / "log")
+    assert row["status"] == "failed"
+    assert "before" in row["tail"]
+    assert "the reason" in row["tail"]
+
+
+def test_a_hang_is_killed_with_its_children(program, tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open(sys.argv[1], 'w').write(str(child.pid)); print('hanging', flush=True); time.sleep(600)\n"
+    )
+    start = time.monotonic()
+    row = harness.run_apart(program(code), tmp_path / "pid", limit=2, log=tmp_path / "log")
+    assert time.monotonic() - start < 20
+    assert (row["status"], row["tail"]) == ("timeout", "hanging\n")
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def alive(pid, patience=5.0):
+    """Whether a process still runs; an orphan that was killed may be a zombie until it is reaped."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.05)
+    return True

@@ -1,0 +1,191 @@
+"""The ladder: its rungs differ in what they say, and its rows are whole, whatever crashes."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import re
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks import floor, gpu, harness, ladder, rungs
+from gpt2fast.errors import UserError
+
+CPU = torch.device("cpu")
+TINY = ["--size", "nano", "--batch-size", "1", "--seq-len", "16", "--steps", "3", "--warmup", "3", "--device", "cpu"]
+
+
+@pytest.mark.long
+def test_ladder_end_to_end(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    assert ladder.main([*TINY, "--rungs", "fp32", "tf32", "bf16", "triton", "--file", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["rung"], row["status"]) for row in rows] == [
+        ("fp32", "ok"), ("tf32", "skipped"), ("bf16", "ok"), ("triton", "skipped"),
+    ]  # fmt: skip
+    done = rows[0]
+    assert set(done["tokens_per_s"]) == {"median", "p20", "p80"}
+    assert done["tokens_per_s"]["median"] == pytest.approx(16e3 / done["ms"]["median"], rel=0.2)
+    assert done["peak_memory"] > 1e8
+    assert done["mfu"] is None
+    assert done["config"]["B"] == 1
+    assert done["machine"]["torch"] == torch.__version__
+    assert {"commit", "dirty", "date"} <= set(done["machine"])
+    assert done["losses"][0] == pytest.approx(10.8, abs=0.5)
+    assert rows[2]["agrees"] is True
+    assert "no TF32" in rows[1]["why"]
+    table = capsys.readouterr().out
+    assert "unknown" in table
+    assert re.search(r"^triton +skipped", table, re.MULTILINE)
+
+
+def test_a_rung_that_crashes_costs_its_own_row_only(tmp_path, capsys, monkeypatch):
+    results = iter(
+        [
+            {"status": "failed", "seconds": 1.0, "tail": "CUDA out of memory\n"},
+            {"status": "timeout", "seconds": 9.0, "tail": "..."},
+        ]
+    )
+    monkeypatch.setattr(harness, "run_apart", lambda *args, **options: next(results))
+    path = tmp_path / "rows.jsonl"
+    assert ladder.main([*TINY, "--rungs", "fp32", "bf16", "--file", str(path)]) == 1
+    assert [json.loads(line)["status"] for line in path.read_text().splitlines()] == ["failed", "timeout"]
+    assert "failed: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_rungs_after_the_budget_are_skipped_aloud(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    ladder.main([*TINY, "--rungs", "fp32", "--budget", "1", "--file", str(path)])
+    assert "1 s for all rungs are over" in capsys.readouterr().out
+
+
+def test_losses_that_differ_are_told():
+    first = {"losses": [10.8, 10.7, 10.6]}
+    assert ladder.agrees({"losses": [10.81, 10.7, 10.6]}, [{"status": "skipped"}, first]) is True
+    assert ladder.agrees({"losses": [10.8, 10.7, 10.0]}, [first]) is False
+    assert ladder.agrees(first, []) is None
+
+
+def changed(a, b):
+    """What two rungs differ in, but for their names and for the op that our kernels would bring along."""
+    return [
+        name
+        for name, value in dataclasses.asdict(a).items()
+        if name != "name" and value != getattr(b, name) and (name, a.backend) != ("embedding", "torch")
+    ]
+
+
+def test_each_rung_adds_one_thing():
+    for a, b in itertools.pairwise(rungs.CLIMB.values()):
+        assert len(changed(a, b)) == 1
+    for rung in rungs.ADDED.values():
+        assert len(changed(rungs.TRITON, rung)) == 1
+    for rung in (*rungs.MORE.values(), *rungs.WITHOUT.values()):
+        assert len(changed(rungs.ALL, rung)) == 1
+    assert len(changed(rungs.TRITON, rungs.ALL)) == len(rungs.OPTIONS) == 4
+    assert {name for name, rung in rungs.RUNGS.items() if name != rung.name} == set()
+    assert set(gpu.RUNGS) <= set(rungs.RUNGS)
+
+
+def test_a_rung_trains_with_what_it_names(monkeypatch):
+    """The model, the optimizer and the step get the option, and `visible` is called first; nothing needs a GPU."""
+    visible = ModuleType("benchmarks.visible")
+    visible.make_visible = lambda: seen.append("visible")
+    monkeypatch.setitem(sys.modules, "benchmarks.visible", visible)
+    monkeypatch.setattr(rungs, "GPT", lambda *args, **options: seen.append(options) or torch.nn.Linear(2, 2))
+    monkeypatch.setattr(rungs.optim, "adamw", lambda *args, **options: seen.append(options))
+    monkeypatch.setattr(rungs.ops, "build", lambda *args: None)
+    monkeypatch.setattr(rungs.ops, "kernels", lambda device: "kernels")
+    monkeypatch.setattr(rungs, "TrainingStep", lambda *args, **options: ("plain", options["compile"]))
+    monkeypatch.setattr(rungs, "GraphedStep", lambda *args, **options: ("graph", options["compile"]))
+    found = {}
+    for name in ("triton", "all", *rungs.MORE):
+        seen: list = []
+        found[name] = rungs.training_step(rungs.RUNGS[name], "nano", 16, CPU), seen
+    plain, low = {"low_stream": False, "recompute": False}, {"low_stream": True, "recompute": False}
+    ours = {"fused": True, "kernels": "kernels"}
+    assert found == {
+        "triton": (("plain", True), [plain, ours | {"kernels": None}]),
+        "all": (("plain", True), [low, ours]),
+        "graph": (("graph", True), [low, ours]),
+        "visible": (("plain", True), ["visible", low, ours]),
+        "recompute": (("plain", True), [low | {"recompute": True}, ours]),
+    }
+
+
+def test_the_floor_is_told_what_a_rung_does():
+    assert rungs.RUNGS["all_but_epilogue"].counted == dataclasses.replace(floor.ALL, epilogue=False)
+    assert rungs.TRITON.counted == floor.Options()
+    assert rungs.RUNGS["recompute"].counted.recompute
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("graph", "cpu has no CUDA graphs"), ("tf32", "cpu has no TF32"), ("fp32", None)]
+)
+def test_what_makes_no_sense_here_is_a_row_that_says_why(name, why, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert rungs.refusal(rungs.RUNGS[name], CPU) == why
+
+
+def test_rungs_that_compile_together_are_timed_one_by_one(tmp_path):
+    """The lock: whoever has it is alone, and it is free again when it is left."""
+    inside, most = [], []
+
+    def take(i):
+        with ladder.turn(tmp_path / "lock"):
+            inside.append(i)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.remove(i)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(take, range(4)))
+    assert most == [1, 1, 1, 1]
+    with ladder.turn(None):
+        pass
+
+
+def test_what_compiles_beforehand_may_find_no_memory():
+    class Step:
+        def __init__(self):
+            self.model, self.optimizer = argparse.Namespace(config=rungs.SIZES["nano"]), self
+            self.cleared = False
+
+        def rehearse(self, batch):
+            raise torch.OutOfMemoryError
+
+        def zero_grad(self, set_to_none):
+            self.cleared = set_to_none
+
+    step = Step()
+    ladder.compile_beforehand(step, 1, 16, CPU)
+    assert step.cleared
+
+
+def test_jobs_run_together_and_rows_keep_their_order(tmp_path, monkeypatch, capsys):
+    """The first rung ends last; each is told where the lock is, and the rows are in the order that was asked for."""
+    release, locks = threading.Event(), []
+
+    def apart(module, *arguments, limit, log):
+        name, out = arguments[arguments.index("--only") + 1 :][:2]
+        locks.append(arguments[arguments.index("--lock") + 1])
+        assert release.wait(20) if name == "fp32" else release.set() or True
+        out.write_text(json.dumps({"status": "skipped", "why": name}))
+        return {"status": "ok", "seconds": 1.0}
+
+    monkeypatch.setattr(harness, "run_apart", apart)
+    path = tmp_path / "rows.jsonl"
+    assert ladder.main([*TINY, "--rungs", "fp32", "bf16", "--jobs", "2", "--file", str(path)]) == 0
+    assert [json.loads(line)["why"] for line in path.read_text().splitlines()] == ["fp32", "bf16"]
+    assert len(set(locks)) == 1
+
+
+def test_ladder_refuses_nonsense():
+    with pytest.raises(UserError, match="--steps is 0: it must be more than 0"):
+        ladder.main(["--steps", "0"])

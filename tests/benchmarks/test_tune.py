@@ -1,0 +1,205 @@
+"""Launch settings are replaced, judged, timed and compared; what is timed here is a list of numbers."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, kernels, settings, tune
+from benchmarks.settings import Kernel, PerProcessor
+from gpt2fast.errors import UserError
+from gpt2fast.kernels import launch
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the interpreter")
+KERNEL = Kernel("bias_rows", "bias_gelu", "both", [launch.Rows(8, 64, 1), launch.Rows(16, 64, 1)])
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return settings.cases(32, 16, "nano", CPU)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Milliseconds that the next calls take; each is made once, since it must run."""
+    times: list[float] = []
+    monkeypatch.setattr(kernels, "time_ms", lambda call, device: (call(), {"median": times.pop(0)})[1])
+    return times
+
+
+@pytest.fixture
+def options(tmp_path):
+    return argparse.Namespace(
+        file=tmp_path / "rows.jsonl", budget=100.0, jobs=0, tokens=32, seq_len=16, size="nano"
+    )  # fmt: skip
+
+
+def rows_of(options):
+    return [json.loads(line) for line in options.file.read_text().splitlines()]
+
+
+def test_the_fastest_right_setting_is_found_and_named_with_its_line(clock, options, capsys):
+    clock += [2.0, 3.0, 1.0]
+    assert tune.run([KERNEL], options, CPU) == 0
+    rows = rows_of(options)
+    assert [(row["settings"], row["ms"], row["default"], row["best"]) for row in rows] == [
+        (repr(launch.bias_rows()), 2.0, True, False),
+        (repr(KERNEL.values[0]), 3.0, False, False),
+        (repr(KERNEL.values[1]), 1.0, False, True),
+    ]
+    said = capsys.readouterr().out.splitlines()[-1]
+    lines = Path(launch.__file__).read_text().splitlines()
+    number = lines.index("def bias_rows() -> Rows:") + 1
+    assert said.startswith(f"kernels/launch.py:{number} bias_rows: Rows(")
+    assert said.endswith("-> Rows(BLOCK_M=16, BLOCK_N=64, num_warps=1) (1.0000 ms, 2.0000 before)")
+
+
+def test_noise_changes_nothing(clock, options, capsys):
+    clock += [2.0, 3.0, 1.99]
+    tune.run([KERNEL], options, CPU)
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing in launch.py would change"
+
+
+def test_a_setting_with_wrong_results_is_not_timed(clock, options, cases):
+    """AdamW's norm walks the chunks that the update was promised: of another length they are others."""
+    clock += [2.0]
+    wrong = Kernel("adamw_chunk", "adamw", "forward", [launch.Chunk(2**14, 2**13, 4)], {"norm": True})
+    first, second = tune.tune(wrong, cases["adamw"], {}, CPU, float("inf"))
+    assert first["status"] == "ok"
+    assert "result 0 is wrong by" in second["status"]
+    assert "ms" not in second
+
+
+def test_a_setting_that_does_not_compile_costs_its_own_row_only(clock, options):
+    clock += [2.0, 1.0]
+    kernel = Kernel("bias_rows", "bias_gelu", "both", [launch.Rows(7, 64, 1), launch.Rows(16, 64, 1)])
+    assert tune.run([kernel], options, CPU) == 0
+    rows = rows_of(options)
+    assert [row["status"] == "ok" for row in rows] == [True, False, True]
+    assert "power of 2" in rows[1]["status"]
+    assert rows[2]["best"]
+
+
+def test_what_failed_elsewhere_and_what_has_no_time_left_is_not_tried(clock, cases):
+    clock += [2.0]
+    bad = {("bias_rows", repr(KERNEL.values[0])): "killed"}
+    rows = list(tune.tune(KERNEL, cases["bias_gelu"], bad, CPU, end=0.0))
+    assert [row["status"] for row in rows] == ["ok", "killed", "no time left"]
+    assert all("bias_rows" in tune.describe(row) for row in rows)
+
+
+def test_what_this_shape_does_not_use_is_no_failure(options, capsys):
+    """Attention's backward is one kernel or two; the settings of the other way have nothing to be judged by."""
+    idle = Kernel("attention_dq", "bias_gelu", "both", KERNEL.values)
+    assert tune.run([idle], options, CPU) == 0
+    assert [row["status"] for row in rows_of(options)] == [tune.UNUSED]
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing in launch.py would change"
+
+
+def test_a_default_that_fails_is_told(options, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(tune, "ready", fail)
+    assert tune.run([KERNEL], options, CPU) == 1
+    assert [row["status"] for row in rows_of(options)] == ["RuntimeError: no such kernel"]
+
+
+TINY = {
+    "attention_forward": launch.Tiles(16, 16, 4, 1), "attention_dkdv": launch.Tiles(16, 16, 4, 1),
+    "attention_dq": launch.Tiles(16, 16, 4, 1), "attention_backward": launch.Tiles(16, 16, 4, 1),
+    "attention_one_pass": False, "cross_entropy_block": (2**15, 4), "persistent": PerProcessor(1),
+    "bias_rows": launch.Rows(16, 256, 4), "matmul_tiles": launch.MatmulTiles(32, 64, 32, 2, 4, 2),
+    "MATMUL_PROGRAMS": 1, "head_budget": 2**21, "LAYER_NORM_STAGES": 1,
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("title", [title for title, kernel in settings.tunables().items() if kernel.name in TINY])
+def test_each_op_runs_with_another_setting(title, clock, cases, monkeypatch):
+    """The setting is used (the default's label differs), and the results stay right."""
+    if title in ("attention_dkdv", "attention_dq"):  # the two kernels that one pass replaces
+        monkeypatch.setattr(launch, "attention_one_pass", lambda *_: False)
+    clock += [2.0, 1.0]
+    found = settings.tunables()[title]
+    kernel = Kernel(found.name, found.op, found.direction, [TINY[found.name]], found.when)
+    standing, other = tune.tune(kernel, cases[kernel.op], {}, CPU, float("inf"))
+    assert (standing["status"], other["status"]) == ("ok", "ok")
+    assert standing["settings"] != other["settings"] == repr(TINY[found.name])
+    assert not clock
+
+
+def test_every_tunable_names_something_of_launch_and_a_case(cases):
+    for title, kernel in settings.tunables().items():
+        assert hasattr(launch, kernel.name), title
+        assert kernel.op in cases
+        assert len(set(map(repr, kernel.values))) == len(kernel.values) > 1
+
+
+def test_only_the_call_that_is_meant_is_replaced():
+    kernel = Kernel("layer_norm_rows", "add_layer_norm", "backward", [], {"backward": True})
+    seen: list = []
+    function = tune.replaced(kernel, "other", seen)
+    assert function(768, backward=False) == launch.layer_norm_rows(768, False)
+    assert function(768, True) == "other"
+    assert seen == [launch.layer_norm_rows(768, True)]
+    persistent = Kernel("persistent", "add_layer_norm", "backward", [], {"per_processor": 4})
+    function = tune.replaced(persistent, PerProcessor(3), seen)
+    assert (function(100, CPU), function(100, CPU, 2), seen[-1]) == (6, 4, PerProcessor(4))
+
+
+def test_processes_that_compile_are_started_anew_after_a_crash(monkeypatch, tmp_path, options):
+    """The first dies at the second setting, the next finds one that does not compile and dies of its limit."""
+    shares = []
+
+    def run_apart(module, *arguments, limit, log):
+        assert arguments[:4] == ("--size", "nano", "--seq-len", 16)
+        left, out = arguments[-2:]
+        share = json.loads(left.read_text())
+        shares.append(len(share))
+        if len(shares) == 1:
+            harness.append_row(out, {"kernel": "k", "settings": "1", "status": "ok"})
+            return {"status": "failed"}
+        harness.append_row(out, {"kernel": "k", "settings": "3", "status": "CompilationError: no"})
+        harness.append_row(out, {"kernel": "k", "settings": "4", "status": "ok"})
+        return {"status": "ok"}
+
+    monkeypatch.setattr(harness, "run_apart", run_apart)
+    bad = tune.compile_share([("k", str(i)) for i in range(1, 5)], options, float("inf"), tmp_path / "share")
+    assert bad == {("k", "2"): "the process that tried it: failed", ("k", "3"): "CompilationError: no"}
+    assert shares == [4, 2]
+
+
+def test_what_such_a_process_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "tunables", lambda size: {"bias_rows": KERNEL})
+    monkeypatch.setattr(tune, "COMPILE_TOKENS", 32)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    options = argparse.Namespace(seq_len=16, size="nano")
+    tune.compile_here([("bias_rows", repr(KERNEL.values[1]))], tmp_path / "rows", CPU, options)
+    row = json.loads((tmp_path / "rows").read_text())
+    assert (row["kernel"], row["settings"], row["status"]) == ("bias_rows", repr(KERNEL.values[1]), "ok")
+
+
+def test_without_a_gpu_it_says_so(run_module):
+    done = run_module("benchmarks.tune")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: benchmarks.tune needs a CUDA GPU")
+
+
+def test_unknown_kernels_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--kernel attn: there are LAYER_NORM_STAGES, MATMUL_PROGRAMS"):
+        tune.main(["--kernel", "attn"])
+
+
+def test_kernels_can_be_chosen_by_op(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "run", lambda kernels, options, device: chosen.extend(k.name for k in kernels) or 0)
+    tune.main(["--kernel", "attention"])
+    assert set(chosen) == {
+        "attention_forward", "attention_one_pass", "attention_backward", "attention_dkdv", "attention_dq",
+    }  # fmt: skip

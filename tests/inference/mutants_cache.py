@@ -1,0 +1,7 @@
+"""Faults planted in gpt2fast/cache.py, each with the test that must catch it."""
+
+from tests.tools.mutation import Mutant
+
+MUTANTS = [
+    Mutant(":T] = k, v", ":T] = v, k", "values are taken for keys", "test_cached_logits_are_the_uncached_ones"),
+]

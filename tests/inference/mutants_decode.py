@@ -1,0 +1,24 @@
+"""Faults planted in gpt2fast/decode.py, each with the test that must catch it."""
+
+from tests.tools.mutation import Mutant
+
+MUTANTS = [
+    Mutant(
+        "p.cumsum(-1) - p >=",
+        "p.cumsum(-1) >=",
+        "a nucleus without its last token",
+        "test_tokens_come_with_their_probabilities",
+    ),
+    Mutant(
+        "self.length += grown",
+        "self.length += 1",
+        "a row that has ended grows",
+        "test_when_all_have_ended_nothing_more_is_written",
+    ),
+    Mutant(
+        "if longest > block_size:",
+        "if longest >= block_size:",
+        "the last position is not used",
+        "test_up_to_the_block_nothing_is_read_anew",
+    ),
+]

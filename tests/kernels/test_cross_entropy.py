@@ -1,0 +1,341 @@
+"""Cross-entropy and linear + cross-entropy against torch: values, gradients, what is overwritten."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2fast import reference
+from gpt2fast.kernels import cross_entropy, launch, linear_cross_entropy
+from tests.tools.accuracy import Results, assert_kernel_is_as_accurate, outputs_and_gradients
+from tests.tools.inputs import DTYPES, normal
+
+pytestmark = pytest.mark.kernel
+
+
+# rows, columns, of which the last are padding: GPT-2's vocabulary, wider than a block, odd, one column, one row
+SHAPES = [(3, 50304, 47), (4, 9001, 0), (13, 37, 5), (5, 1, 0), (1, 64, 1)]
+
+
+# A gradient is a share of 1 / N: of 512 rows, fp16 loses it if it is not scaled in time
+ROWS_SCALED = [64, pytest.param(512, marks=pytest.mark.long)]
+
+
+def targets_of(N, V, device, ignored=True, seed=0):
+    """The first and the last word are among them; every fourth row is ignored."""
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed + N))
+    targets[:1], targets[-1:] = 0, V - 1
+    if ignored and N > 2:
+        targets[1::4] = -100
+    return targets.to(device)
+
+
+def plain_reference(x, targets, vocab_size):
+    x = x[:, :vocab_size]
+    return F.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), targets)
+
+
+def twice_rounded(inputs, cotangents, targets, vocab_size):
+    """A gradient that is made before its scale is known: rounded when made, and when scaled."""
+    (x,) = inputs
+    leaf = x.float().requires_grad_()
+    loss = plain_reference(leaf, targets, vocab_size)
+    count = (targets != -100).sum()
+    first = count if x.dtype == torch.float16 else 1
+    (dx,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss) * first)
+    return Results([loss.detach()], [(dx.to(x.dtype).float() * (cotangents[0] / first)).to(x.dtype)], list(cotangents))
+
+
+def check(x, targets, vocab_size):
+    flags = {"targets": targets, "vocab_size": vocab_size}
+    kernel, judge, base = (partial(fn, **flags) for fn in (cross_entropy, plain_reference, twice_rounded))
+    assert_kernel_is_as_accurate(kernel, judge, [x], base=base)
+    one = torch.ones((), device=x.device)  # loss.backward(): the gradient is not touched again, but in fp16
+    assert_kernel_is_as_accurate(kernel, judge, [x], base=base if x.dtype == torch.half else None, cotangents=[one])
+    got = outputs_and_gradients(kernel, [x])
+    assert got.outputs[0].dtype == torch.float32
+    assert (got.gradients[0][:, vocab_size:] == 0).all()
+    assert (got.gradients[0][targets == -100] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "V", "padding"), SHAPES)
+def test_cross_entropy(N, V, padding, dtype, device):
+    check(normal(N, V, dtype=DTYPES[dtype], device=device), targets_of(N, V - padding, device), V - padding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_wider_than_a_block(dtype, device, monkeypatch):
+    """Logits that grow along the row, so that the running maximum and sum are rescaled at each block."""
+    monkeypatch.setattr(launch, "cross_entropy_block", lambda V: (128, 1))
+    x = normal(6, 1000, device=device) + torch.linspace(-5, 5, 1000, device=device)
+    check(x.to(DTYPES[dtype]), targets_of(6, 997, device), 997)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("times", [1e-3, 100.0, 1e4])
+def test_logits_of_other_sizes(times, dtype, device):
+    x = normal(6, 200, dtype=DTYPES[dtype], device=device) * times
+    check(x, targets_of(6, 200, device), 200)
+
+
+@pytest.mark.parametrize("values", ["equal", "one-hot", "offset"])
+def test_other_values(values, device):
+    check(normal(6, 200, device=device, values=values), targets_of(6, 200, device), 200)
+
+
+@pytest.mark.long
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 600), st.integers(0, 70), st.sampled_from(list(DTYPES)))
+def test_any_shape(device, N, V, padding, dtype):
+    check(normal(N, V + padding, dtype=DTYPES[dtype], device=device), targets_of(N, V, device), V)
+
+
+def test_padding_never_wins(device):
+    x = normal(4, 64, device=device)
+    targets = targets_of(4, 50, device)
+    x[:, 50:] = 1e4
+    loss = cross_entropy(x, targets, vocab_size=50)
+    torch.testing.assert_close(loss, F.cross_entropy(x[:, :50], targets))
+    x[:, 50:] = float("nan")
+    leaf = x.requires_grad_()
+    cross_entropy(leaf, targets, vocab_size=50).backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_the_gradient_takes_the_place_of_logits_that_were_computed(device):
+    x = normal(4, 64, device=device).requires_grad_()
+    targets = targets_of(4, 64, device)
+    logits = x * 1.0
+    before, address = logits.detach().clone(), logits.data_ptr()
+    seen = []
+    logits.register_hook(lambda g: seen.append(g.data_ptr()))
+    cross_entropy(logits, targets).backward()
+    assert seen == [address]
+    assert not torch.equal(logits, before)
+    torch.testing.assert_close(x.grad, torch.autograd.grad(F.cross_entropy(y := x * 1.0, targets), y)[0])
+
+
+@pytest.mark.parametrize("why", ["inplace=False", "a leaf", "no_grad", "no gradient needed"])
+def test_logits_that_are_kept(why, device):
+    x = normal(4, 64, device=device).requires_grad_(why != "no gradient needed")
+    logits = x if why == "a leaf" else x * 1.0
+    before = logits.detach().clone()
+    with torch.set_grad_enabled(why != "no_grad"):
+        loss = cross_entropy(logits, targets_of(4, 64, device), inplace=why != "inplace=False")
+    if why in ("inplace=False", "a leaf"):
+        loss.backward()
+    assert torch.equal(logits, before)
+
+
+def test_whoever_saved_the_logits_is_told(device):
+    logits = normal(4, 64, device=device).requires_grad_().tanh()  # tanh saves its result
+    loss = cross_entropy(logits, targets_of(4, 64, device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_whoever_saved_the_logits_is_told_before_the_loss_has_gone_backward(device):
+    logits = normal(4, 64, device=device).requires_grad_() * 1.0
+    penalty = logits.square().sum()  # saves logits
+    cross_entropy(logits, targets_of(4, 64, device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+
+
+def test_a_second_backward_is_refused_where_the_gradient_was_scaled_in_place(device):
+    x = normal(4, 64, device=device).requires_grad_()
+    loss = cross_entropy(x * 1.0, targets_of(4, 64, device)) * 3.0
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 0.125, 65536.0])
+@pytest.mark.parametrize("N", ROWS_SCALED)
+def test_gradient_scaling(N, scale, dtype, device):
+    """As GradScaler and accumulation do it: fp16's tiny gradients survive because they are scaled in time."""
+    V = 256
+    x = normal(N, V, dtype=DTYPES[dtype], device=device)
+    targets = targets_of(N, V, device)
+
+    def base(inputs, cotangents):
+        results = twice_rounded(inputs, [c * scale for c in cotangents], targets, V)
+        return results._replace(outputs=[results.outputs[0] * scale])
+
+    kernel, judge = partial(cross_entropy, targets=targets), partial(plain_reference, targets=targets, vocab_size=V)
+    assert_kernel_is_as_accurate(lambda x: kernel(x) * scale, lambda x: judge(x) * scale, [x], base=base)
+
+
+def test_targets_that_do_not_exist_make_the_loss_nan(device):
+    x = normal(3, 64, device=device)
+    for bad in (64, 60, -1, 2**40, -(2**40)):  # 60 is padding
+        targets = torch.tensor([1, bad, 2], device=device)
+        assert cross_entropy(x, targets, vocab_size=60).isnan()
+        assert cross_entropy(x, targets, ignore_index=bad, vocab_size=60).isfinite()
+
+
+def test_nothing_to_average(device):
+    """As in torch: a loss of NaN, and gradients of zero, which do not spoil those of other batches."""
+    ignored = torch.full((3,), -100, device=device)
+    x, w = normal(3, 8, device=device).requires_grad_(), normal(20, 8, device=device).requires_grad_()
+    for call in (lambda: cross_entropy(x, ignored), lambda: linear_cross_entropy(x, w, ignored)):
+        loss = call()
+        loss.backward()
+        assert loss.isnan()
+    assert (x.grad == 0).all()
+    assert (w.grad == 0).all()
+    empty = normal(0, 8, device=device).requires_grad_()
+    loss = cross_entropy(empty, torch.zeros(0, dtype=torch.long, device=device))
+    loss.backward()
+    assert loss.isnan()
+    assert empty.grad.shape == (0, 8)
+
+
+def test_any_strides(device):
+    x = normal(64, 6, device=device).t()  # (6, 64), columns far apart
+    check(x, targets_of(6, 64, device), 64)
+    check(normal(6, 128, device=device)[:, ::2], targets_of(6, 64, device), 60)
+
+
+# ---- linear_cross_entropy
+
+
+def honest_head(inputs, cotangents, targets, vocab_size):
+    """torch's matmuls at the dtype, the loss in fp32, dlogits rounded to the dtype."""
+    x, w = inputs
+    logits = (x @ w.t()).float()[:, :vocab_size].requires_grad_()
+    loss = F.cross_entropy(logits, targets)
+    count = (targets != -100).sum()
+    (dlogits,) = torch.autograd.grad(loss, logits)
+    dlogits = F.pad(dlogits * count, (0, w.shape[0] - vocab_size)).to(
+        x.dtype
+    )  # its scale comes later, as in the kernel
+    scale = cotangents[0] / count
+    # scaled in fp32: torch would round a scale of no dimension to the dtype first, and so be wrong everywhere by 2^-9
+    dx, dw = ((m.float() * scale).to(x.dtype) for m in (dlogits @ w, (dlogits.t().float() @ x.float()).to(x.dtype)))
+    return Results([loss.detach()], [dx.to(x.dtype), dw.to(x.dtype)], list(cotangents))
+
+
+def check_head(x, w, targets, vocab_size):
+    flags = {"targets": targets, "vocab_size": vocab_size}
+    kernel, judge, base = (
+        partial(fn, **flags) for fn in (linear_cross_entropy, reference.linear_cross_entropy, honest_head)
+    )
+    assert_kernel_is_as_accurate(kernel, judge, [x, w], base=base)
+    assert (outputs_and_gradients(kernel, [x, w]).gradients[1][vocab_size:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("N", "C", "V", "padding"),
+    [(64, 32, 320, 17), (5, 16, 64, 0), (1, 8, 40, 3), pytest.param(300, 24, 128, 1, marks=pytest.mark.long)],
+)
+def test_linear_cross_entropy(N, C, V, padding, dtype, device):
+    x, w = normal(N, C, dtype=DTYPES[dtype], device=device), normal(V, C, dtype=DTYPES[dtype], device=device, seed=1)
+    check_head(x, w, targets_of(N, V - padding, device), V - padding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_change_nothing_but_memory(dtype, device, monkeypatch):
+    monkeypatch.setattr(launch, "head_rows", lambda *_: 20)  # 70 rows: four chunks, the last one short
+    x, w = normal(70, 24, dtype=DTYPES[dtype], device=device), normal(128, 24, dtype=DTYPES[dtype], device=device)
+    check_head(x, w, targets_of(70, 120, device), 120)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [768, 1600])
+def test_sizes_of_gpt2(C, device):
+    x, w = normal(12000, C, dtype=torch.bfloat16, device=device), normal(50304, C, dtype=torch.bfloat16, device=device)
+    check_head(x, w * C**-0.5, targets_of(12000, 50257, device), 50257)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks torch's CPU allocator what it gave")
+def test_logits_never_exist_at_once(monkeypatch):
+    """The largest piece of memory that is asked for holds one chunk of logits."""
+    monkeypatch.setattr(launch, "head_rows", lambda *_: 8)
+    x, w, targets = normal(64, 4).requires_grad_(), normal(100, 4, seed=1).requires_grad_(), targets_of(64, 100, "cpu")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        linear_cross_entropy(x, w, targets).backward()
+    assert max(event.self_cpu_memory_usage for event in profile.events()) == 8 * 100 * 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.125, 65536.0])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("N", ROWS_SCALED)
+def test_gradient_scaling_of_the_head(N, scale, dtype, device):
+    C, V = 16, 256
+    x, w = normal(N, C, dtype=DTYPES[dtype], device=device), normal(V, C, dtype=DTYPES[dtype], device=device, seed=1)
+    targets = targets_of(N, V, device)
+
+    def base(inputs, cotangents):
+        results = honest_head(inputs, [c * scale for c in cotangents], targets, V)
+        return results._replace(outputs=[results.outputs[0] * scale])
+
+    kernel, judge = (partial(fn, targets=targets) for fn in (linear_cross_entropy, reference.linear_cross_entropy))
+    assert_kernel_is_as_accurate(lambda *t: kernel(*t) * scale, lambda *t: judge(*t) * scale, [x, w], base=base)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_scale_is_not_rounded_to_the_gradients_dtype(dtype, device):
+    """A factor between two numbers of the dtype: rounded, it would shift every gradient by the same 0.3% or 0.04%."""
+    x, w = (
+        normal(64, 64, dtype=DTYPES[dtype], device=device),
+        normal(256, 64, dtype=DTYPES[dtype], device=device, seed=1),
+    )
+    kernel = partial(linear_cross_entropy, targets=targets_of(64, 256, device, ignored=False))
+    eps = torch.finfo(DTYPES[dtype]).eps
+    factor = (int(1.37 / eps) + 0.5) * eps
+    once, more = (outputs_and_gradients(kernel, [x, w], [torch.tensor(c, device=device)]) for c in (1.0, factor))
+    for a, b in zip(once.gradients, more.gradients):
+        ratio = (b.double().abs().sum() / a.double().abs().sum()).item()
+        assert ratio == pytest.approx(factor, rel=0.08 * eps)
+
+
+def test_accumulation_and_a_kept_graph(device):
+    x, w, targets = normal(20, 8, device=device), normal(64, 8, device=device, seed=1), targets_of(20, 60, device)
+    x.requires_grad_(), w.requires_grad_()
+    loss = linear_cross_entropy(x, w, targets, 60)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone(), w.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once[0])
+    assert torch.equal(w.grad, 2 * once[1])
+
+
+@pytest.mark.parametrize("needs", ["neither", "x", "w", "both, no_grad"])
+def test_only_needed_gradients_are_made(needs, device):
+    x, w = normal(20, 8, device=device), normal(64, 8, device=device, seed=1)
+    targets = targets_of(20, 60, device)
+    x.requires_grad_(needs in ("x", "both, no_grad")), w.requires_grad_(needs in ("w", "both, no_grad"))
+    with torch.set_grad_enabled(needs != "both, no_grad"):
+        loss = linear_cross_entropy(x, w, targets, 60)
+    torch.testing.assert_close(loss.detach(), reference.linear_cross_entropy(x, w, targets, 60).detach())
+    assert loss.requires_grad == (needs in ("x", "w"))
+    if loss.requires_grad:
+        loss.backward()
+        want = torch.autograd.grad(reference.linear_cross_entropy(x, w, targets, 60), x if needs == "x" else w)[0]
+        torch.testing.assert_close((x if needs == "x" else w).grad, want)
+
+
+def test_what_cannot_be_is_refused(device):
+    x, w, targets = normal(4, 8, device=device), normal(64, 8, device=device), targets_of(4, 64, device)
+    with pytest.raises(TypeError, match=r"cross_entropy: targets are torch.int32: they must be int64"):
+        cross_entropy(x, targets.int())
+    with pytest.raises(ValueError, match=r"cross_entropy: targets has shape \(3,\): it must be \(4,\)"):
+        cross_entropy(x, targets[:3])
+    with pytest.raises(ValueError, match=r"cross_entropy: logits has shape \(2, 4, 8\): it must have two dimensions"):
+        cross_entropy(torch.zeros(2, 4, 8, device=device), targets)
+    for size in (0, 9, -1):
+        with pytest.raises(ValueError, match=rf"vocab_size is {size}: it must be between 1 and the 8 columns"):
+            cross_entropy(x, targets, vocab_size=size)
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: w has shape \(64, 7\): it must be \(64, 8\)"):
+        linear_cross_entropy(x, w[:, :7], targets)
+    with pytest.raises(TypeError, match=r"linear_cross_entropy: x is torch.float32 and w is torch.float16: convert"):
+        linear_cross_entropy(x, w.half(), targets)
+    with pytest.raises(ValueError, match=r"x is on .* and targets on meta"):
+        linear_cross_entropy(x, w, targets.to("meta"))

@@ -1,0 +1,220 @@
+"""Damaged files and odd command lines, as long as one likes: `python -m tests.long.fuzz [--seconds 60] [--only TEXT]`.
+
+A case is a target and a number: `--only TARGET --seed N` shows it again. What is demanded of each: it is read, or
+refused with an error of ours; nothing is written, no code in it runs, no more address space is taken than `BOUND` and
+a few times its size, and it is over in `SECONDS`. Cases run in processes that are forked, so that a crash is one
+finding, not the end. With --record, counts become rows below benchmarks/results.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from random import Random
+
+import torch
+
+from benchmarks import harness
+from gpt2fast import machine
+from gpt2fast.errors import UserError
+from tests.tools import damage
+from tests.tools.damage import Target
+from tests.tools.targets import TARGETS
+
+BOUND = 2**28
+TIMES = 8  # a file's size: its bytes, its numbers in fp32, and a copy
+SECONDS = 4
+AT_ONCE = 200  # cases a process
+
+
+def run(target: Target, seed: int, work: Path) -> tuple[str, str]:
+    """("read" or "refused", why), or ("finding", what was wrong). `work` is an empty folder, and is so again."""
+    files = target.case(Random(seed))
+    return run_case(target, files, work)
+
+
+def run_case(target: Target, files: damage.Files, work: Path) -> tuple[str, str]:
+    size = sum(len(content) for content in files.values() if isinstance(content, bytes))
+    case, here = work / "case", os.getcwd()
+    damage.write(files, case)
+    before = listing(case)
+    os.chdir(work)
+    try:
+        with limits(BOUND + TIMES * size):
+            outcome = call(target, case)
+        written = listing(case) != before and not target.writes
+        others = [path.name for path in work.iterdir() if path != case]
+        if written or others:
+            outcome = "finding", f"wrote {', '.join(others) or 'into the folder'}"
+        return outcome
+    finally:
+        os.chdir(here)
+        clear(work)
+
+
+def call(target: Target, case: Path) -> tuple[str, str]:
+    try:
+        target.call(case)
+        return "read", ""
+    except UserError as error:
+        if why := starved(error):
+            return "finding", f"memory: {why}, then {error}"
+        return "refused", str(error)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        frame = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "gpt2fast" in f.filename), None)
+        place = f"{Path(frame.filename).name}:{frame.name}" if frame else ""
+        return "finding", f"{type(error).__name__} in {place}: {' '.join(str(error).split())[:150]}"
+
+
+def starved(error: BaseException | None) -> str:
+    """What our error hides, if that is a lack of memory or of time."""
+    while error := error.__context__:
+        text = str(error)
+        if isinstance(error, MemoryError | TimeoutError) or "allocate" in text or "bad_alloc" in text:
+            return f"{type(error).__name__} {text[:100]}"
+    return ""
+
+
+@contextmanager
+def limits(size: int):
+    """Address space for so many more bytes, and `SECONDS`."""
+
+    def late(*_):
+        raise TimeoutError(f"more than {SECONDS} seconds")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, hard))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def listing(folder: Path) -> set[tuple]:
+    return {(path.name, (stat := path.lstat()).st_size, stat.st_mtime_ns) for path in folder.iterdir()}
+
+
+def clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            clear(path)
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+def apart(name: str, seeds: range) -> tuple[Counter, dict[str, int], int]:
+    """Outcomes of these cases in a process of its own; finding -> seed; how many were run."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w", buffering=1) as out, tempfile.TemporaryDirectory(dir=shm()) as work:
+            for seed in seeds:
+                faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # also where Python's alarm is not heard
+                out.write(json.dumps([seed, "begun", ""]) + "\n")
+                out.write(json.dumps([seed, *run(TARGETS[name], seed, Path(work))]) + "\n")
+        os._exit(0)
+    os.close(writer)
+    counts, findings, last, n = Counter(), {}, None, 0
+    with os.fdopen(reader) as lines:
+        for line in lines:
+            seed, outcome, what = json.loads(line)
+            last = (seed, outcome)
+            if outcome != "begun":
+                counts[outcome] += 1
+                n += 1
+            if outcome == "finding":
+                findings.setdefault(what, seed)
+    _, status = os.waitpid(child, 0)
+    if status and last:
+        counts["finding"] += 1
+        findings[f"the process ended with status {status}"] = last[0]
+        n += 1
+    return counts, findings, n
+
+
+def check_sound(name: str, work: Path) -> None:
+    """The sound files are read, or all damage to them would be refused for one reason. Also imports what is needed."""
+    target = TARGETS[name]
+    if name != "command line":
+        damage.write(target.sound, work / "first")
+        with suppress(UserError):
+            target.call(work / "first")
+        clear(work)
+        outcome, why = run_case(target, target.sound, work)
+        assert outcome == ("refused" if "with code" in name else "read"), f"{name}: {why}"
+
+
+def shm() -> str | None:
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+def fuzz(names: list[str], seconds: float, first: int) -> dict[str, dict]:
+    """Target -> counts and findings, each target as long as the others."""
+    found = {name: {"cases": 0, "outcomes": Counter(), "findings": {}, "seconds": 0.0} for name in names}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        name = min(names, key=lambda name: found[name]["seconds"])
+        start, row = time.monotonic(), found[name]
+        counts, findings, n = apart(name, range(first + row["cases"], first + row["cases"] + AT_ONCE))
+        row["cases"] += n
+        row["outcomes"] += counts
+        row["seconds"] += time.monotonic() - start
+        for what, seed in findings.items():
+            if what not in row["findings"]:
+                row["findings"][what] = seed
+                print(f"{name}, seed {seed}: {what}", flush=True)
+    return found
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--seconds", type=float, default=60.0)
+    p.add_argument("--only", default="", help="targets whose name contains this")
+    p.add_argument("--first", type=int, default=0, help="number of the first case of each target")
+    p.add_argument("--seed", type=int, help="this case alone")
+    p.add_argument("--record", action="store_true", help="append the counts to benchmarks/results")
+    o = p.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    names = [name for name in TARGETS if o.only in name]
+    if o.seed is not None:
+        with tempfile.TemporaryDirectory() as work:
+            for name in names:
+                print(name, *run(TARGETS[name], o.seed, Path(work)), sep=": ")
+        return 0
+    for name in names:
+        with tempfile.TemporaryDirectory() as work:
+            check_sound(name, Path(work))
+    record = machine.record()
+    found = fuzz(names, o.seconds, o.first)
+    for name, row in found.items():
+        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(row["outcomes"].items()))
+        print(f"{name:22} {row['cases']:>8,} cases in {row['seconds']:.0f} s: {counts}")
+        if o.record:
+            outcomes = {outcome: row["outcomes"][outcome] for outcome in ("read", "refused", "finding")}
+            row = {"suite": "fuzz", "target": name, **row, "outcomes": outcomes, "first": o.first}
+            harness.append_row(harness.results_file("fuzz"), row | {"machine": record})
+    return 1 if any(row["findings"] for row in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What does kill -9 cost? `python -m tests.long.kills`: a run is killed again and again, and each time resumed.
+
+The moments are random, and of five kinds: before the first step, between steps and in them, in the writing of a
+checkpoint (twice as often), after its renaming, and in the deletion of the one before it. What each kill hit is told
+from the folder that it left. Each time no more steps may be lost than lie between two checkpoints, and the newest one
+must be whole, with the weights and moments, bit for bit, that a run which nobody disturbed has at that step; so the run
+goes on as that one, and at the end their weights, moments and losses must be the same.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from benchmarks import harness
+from gpt2fast import checkpoint, machine, run
+from gpt2fast.errors import RunError, UserError, run_main
+from tests.long import small
+
+EVERY = 3  # steps between checkpoints, of which the newest one is kept
+PATIENCE = 60.0  # seconds
+# what must appear in the folder of checkpoints, and the most seconds to wait after that
+KINDS: dict[str, tuple[str | None, float]] = {
+    "writing": (r"\..*\.tmp", 0.02),
+    "renaming": (r"step_\d+", 0.0),
+    "deleting": (r"\..*\.deleted", 0.0),
+}
+KINDS |= {"starting": (None, 0.6), "stepping": (r"", 0.3)}  # after the process's start; after metrics.jsonl's opening
+TURNS = "starting", "writing", "renaming", "stepping", "writing", "deleting"
+DURING_A_CHECKPOINT = {"writing", "renamed", "deleting"}
+FILES = "model.safetensors", "optimizer.safetensors"
+FLAGS = (*small.FLAGS, "--model.vocab-size", "256")  # small checkpoints, since the undisturbed run keeps all of its
+
+
+def entries(checkpoints: Path) -> set[tuple[str, int]]:
+    """Name and inode of all that is there: a folder of the same name that was made again is another one."""
+    found = set()
+    for path in checkpoints.iterdir():
+        try:
+            found.add((path.name, path.stat().st_ino))
+        except FileNotFoundError:  # renamed or deleted meanwhile
+            continue
+    return found
+
+
+def wait(process: BaseProcess, folder: Path, ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not ready():
+        if not process.is_alive() or time.monotonic() > end:
+            raise RunError(f"the run ended by itself, or came to nothing in {PATIENCE:.0f} s: {small.said(folder)}")
+        time.sleep(0.0001)
+
+
+def phase(before: set, after: set, metrics_before: int, metrics_after: int) -> str:
+    """What a process was doing when it was killed, by what it left in the folder of checkpoints, and metrics' inode."""
+    fresh = [name for name, _ in after - before]
+    for name in ("deleting", "writing"):
+        if any(re.fullmatch(KINDS[name][0] or "", each) for each in fresh):
+            return name
+    whole = [name for name, _ in after if re.fullmatch(KINDS["renaming"][0] or "", name)]
+    if len(whole) > 1 and any(name in whole for name in fresh):
+        return "renamed"
+    return "starting" if metrics_before == metrics_after else "stepping"
+
+
+def kill(folder: Path, flags: Sequence[str], kind: str, delay: float) -> dict:
+    """Resume the run, kill it at that moment -> what it hit and what it cost."""
+    out = folder / "out" / "killed"
+    checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
+    before, metrics_before = entries(checkpoints), metrics.stat().st_ino
+    resumed, _ = small.newest(checkpoints)
+    start = time.monotonic()
+    process = small.start(folder, *flags, "--resume")
+    pattern, _ = KINDS[kind]
+    try:
+        if pattern is not None:
+            # what an earlier kill left is swept before the first step, and must not be mistaken for this one's
+            wait(process, folder, lambda: metrics.stat().st_ino != metrics_before)
+        if pattern:
+            old = entries(checkpoints)
+            wait(process, folder, lambda: any(re.fullmatch(pattern, name) for name, _ in entries(checkpoints) - old))
+        time.sleep(delay)
+    finally:
+        process.kill()
+        process.join()
+    after = time.monotonic() - start
+    hit = phase(before, entries(checkpoints), metrics_before, metrics.stat().st_ino)
+    newest, path = small.newest(checkpoints)
+    bits = digest(path)
+    reached = max((row["step"] for row in run.read_metrics(metrics)), default=0)
+    if process.exitcode != -9:
+        raise RunError(f"the run ended with {process.exitcode} before it was killed: {small.said(folder)}")
+    return {
+        "kind": kind, "delay_ms": round(delay * 1e3, 2), "seconds": round(after, 3), "phase": hit, "from": resumed,
+        "reached": reached, "newest": newest, "lost": reached - newest,
+        "bits": bits,
+    }  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """Of a checkpoint's weights and moments. UserError if it is not whole."""
+    checkpoint.read_state(path)
+    return hashlib.sha256(b"".join((path / name).read_bytes() for name in FILES)).hexdigest()[:16]
+
+
+def whole_run(folder: Path, *flags: str) -> None:
+    process = small.start(folder, *flags)
+    process.join()
+    if process.exitcode:
+        raise RunError(f"a run ended with {process.exitcode}: {small.said(folder)}")
+
+
+def same(folder: Path, rows: Sequence[dict]) -> list[str]:
+    """What differs between the killed run and the straight one, after each kill and at the end; nothing should."""
+    kept = {step: digest(path) for step, path in checkpoint.list_checkpoints(folder / "out/straight/checkpoints")}
+    different = [f"step {row['newest']} after kill {row['kill']}" for row in rows if row["bits"] != kept[row["newest"]]]
+    killed, straight = (folder / "out" / name for name in ("killed", "straight"))
+    paths = [small.newest(out / "checkpoints")[1] for out in (killed, straight)]
+    different += [name for name in FILES if len({(path / name).read_bytes() for path in paths}) > 1]
+    states = [{name: checkpoint.read_state(path)[name] for name in ("step", "position")} for path in paths]
+    different += [name for name in states[0] if states[0][name] != states[1][name]]
+    losses = [
+        [
+            {name: row[name] for name in ("step", "loss", "lr", "grad_norm")}
+            for row in run.read_metrics(out / "metrics.jsonl")
+        ]
+        for out in (killed, straight)
+    ]
+    return different + (["metrics"] if json.dumps(losses[0]) != json.dumps(losses[1]) else [])
+
+
+def kills(folder: Path, number: int, seed: int, say: Callable[[dict], None]) -> dict:
+    """Kill a run in `folder` so often, telling of each kill; let it end, and a straight one too -> what that shows."""
+    moments = random.Random(seed)
+    small.write_data(folder)
+    flags = [*FLAGS, "--steps", "100000", "--checkpoint-every", str(EVERY), "--keep", "1", "--run", "killed"]
+    whole_run(folder, *flags, "--stop-at", str(EVERY))
+    rows = []
+    for n, kind in enumerate(islice(cycle(TURNS), number), 1):
+        rows.append({"kill": n} | kill(folder, flags, kind, moments.uniform(0, KINDS[kind][1])))
+        say(rows[-1])
+    end = str(max(row["reached"] for row in rows) + 2)
+    whole_run(folder, *flags, "--resume", "--stop-at", end)
+    whole_run(folder, *flags, "--run", "straight", "--keep", end, "--stop-at", end)
+    phases = Counter(row["phase"] for row in rows)
+    return {
+        "kills": number, "seed": seed, "checkpoint_every": EVERY, "steps": int(end), "phases": dict(phases),
+        "during_a_checkpoint": sum(phases[name] for name in DURING_A_CHECKPOINT),
+        "most_lost": max(row["lost"] for row in rows), "different": same(folder, rows),
+    }  # fmt: skip
+
+
+def describe(row: dict) -> str:
+    return (
+        f"kill {row['kill']:>3}  {row['kind']:<9} {row['seconds']:6.3f} s after the start, hit it {row['phase']:<9} "
+        f"resumed from {row['from']:>4}, reached {row['reached']:>4}, kept {row['newest']:>4}, lost {row['lost']}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tests.long.kills", description=__doc__.splitlines()[0])
+    p.add_argument("--kills", type=int, default=100)
+    p.add_argument("--seed", type=int, default=0, help="of the moments")
+    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(argv)
+    if options.kills < 1:
+        raise UserError(f"--kills is {options.kills}: it must be at least 1")
+    path = options.file or harness.results_file("kills")
+
+    def say(row: dict) -> None:
+        harness.append_row(path, {"suite": "kills", **row})
+        print(describe(row), flush=True)
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = kills(Path(folder), options.kills, options.seed, say)
+    seconds = round(time.monotonic() - start, 1)
+    harness.append_row(path, {"suite": "kills", "seconds": seconds, **found, "machine": machine.record()})
+    hit = ", ".join(f"{n} {name}" for name, n in sorted(found["phases"].items()))
+    print(f"{found['kills']} kills in {seconds:,.0f} s: {hit}; at most {found['most_lost']} steps lost of {EVERY}")
+    print(f"step {found['steps']} beside a run that nobody disturbed: {found['different'] or 'the same bits'}")
+    return int(bool(found["different"]) or found["most_lost"] > EVERY)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,188 @@
+"""Does every option learn alike? `python -m tests.long.options`: 200 steps of nano with each, beside other seeds.
+
+An option (an op of ours, our optimizer, a stream in bf16, activation checkpointing, ...) changes speed and memory, and
+rounds otherwise. So it must not move the loss farther than chance does: in each window of 20 steps, its mean loss is
+nearer to that of the torch backend with the same seed than the torch backend's seeds are to each other at their
+farthest. Without a GPU, what needs Triton runs in its interpreter and therefore in fp32, all else in bf16; on a GPU all
+is bf16 and compiled. Each run is a process of its own and a row with every loss; two of the narrower batches that are
+the default here take seconds a step in the interpreter, since each has 256 x 50,304 logits.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from gpt2fast import machine, run
+from gpt2fast.config import PRESETS, TrainConfig
+from gpt2fast.device import Precision, device_name, pick_device
+from gpt2fast.errors import UserError, run_main
+from gpt2fast.ops import NAMES, OpsConfig
+
+WINDOW = 20  # steps
+SEEDS = (1, 2, 3, 4)
+LIMIT = 7200.0  # seconds of a run
+
+
+@dataclass(frozen=True)
+class Option:
+    """Settings of a run that differ from the torch backend's. `triton`: without a GPU it is interpreted."""
+
+    changes: dict = field(default_factory=dict)
+    triton: bool = False
+    cuda: bool = False  # makes no sense elsewhere
+
+
+OPTIONS = {
+    name: Option({"ops": OpsConfig(**{name: "triton"})}, triton=True)  # type: ignore[arg-type]  # an op's name
+    for name in NAMES
+}
+OPTIONS |= {
+    "epilogue": Option({"ops": OpsConfig(mlp="epilogue")}, triton=True),
+    "optimizer": Option({"optimizer": "triton"}, triton=True),
+    "all ours": Option({"backend": "triton", "optimizer": "triton"}, triton=True),
+    "residual": Option({"residual": "low"}),
+    "checkpointing": Option({"recompute": True}),
+    "accumulation": Option({"batch_size": 1}),  # so the blocks' weights are rounded once a step
+    "compile": Option({"compile": "on"}),
+    "cuda graph": Option({"cuda_graph": True}, cuda=True),
+}
+
+
+def precision(option: Option, device: torch.device) -> Precision:
+    return "fp32" if option.triton and device.type == "cpu" else "bf16"
+
+
+def settings(option: Option, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> TrainConfig:
+    """nano, with nothing between its steps."""
+    nano = replace(
+        PRESETS["nano"], batch_size=options.batch_size, total_batch=options.batch_size * PRESETS["nano"].seq_len,
+        steps=options.steps, seed=seed, precision=precision, device=options.device, val_every=0, sample_every=0,
+        checkpoint_every=0, compile="off" if options.device == "cpu" else "on", out=out, run="run",
+        optimizer="torch", residual="fp32",
+    )  # fmt: skip
+    return replace(nano, **option.changes)
+
+
+def one(name: str, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> None:
+    """A run in this process; its losses as JSON into `out`."""
+    from gpt2fast.train import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(OPTIONS.get(name, Option()), seed, precision, options, Path(folder))
+        if train(config):
+            raise SystemExit(1)
+        rows = run.read_metrics(config.folder / "metrics.jsonl")
+    out.write_text(json.dumps([row["loss"] for row in rows if "loss" in row]))
+
+
+def apart(name: str, seed: int, precision: str, options: argparse.Namespace, interpret: bool) -> dict:
+    """The same in a process of its own -> a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "losses.json", Path(folder) / "log"
+        arguments = ["--device", options.device, "--steps", options.steps, "--batch-size", options.batch_size]
+        environment = {"TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
+        done = harness.run_apart(
+            "tests.long.options", *arguments, "--only", name, seed, precision, out,
+            limit=LIMIT, log=log, environment=environment if options.device == "cpu" else {},
+        )  # fmt: skip
+        losses = json.loads(out.read_text()) if out.exists() else []
+    row = {"option": name, "seed": seed, "precision": precision, "losses": losses, **done}
+    print(f"{precision} {name:<22} seed {seed}: {describe(row)}", flush=True)
+    return row
+
+
+def describe(row: dict) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {' '.join(row['tail'].split())[-200:]}"
+    return f"loss {row['losses'][0]:.3f} -> {windows(row['losses'])[-1]:.3f}, {row['seconds']:.0f} s"
+
+
+def windows(losses: Sequence[float]) -> list[float]:
+    """Means of WINDOW steps; of what there is, where that is less."""
+    return [statistics.fmean(losses[i : i + WINDOW]) for i in range(0, len(losses), WINDOW)]
+
+
+def verdicts(rows: Sequence[dict]) -> list[dict]:
+    """For each option: how far it strays from the reference of its seed at most, as a share of the seeds' spread."""
+    found = []
+    for kind in dict.fromkeys(row["precision"] for row in rows):
+        good = [row for row in rows if row["precision"] == kind and row["status"] == "ok"]
+        reference = {row["seed"]: windows(row["losses"]) for row in good if row["option"] == "torch"}
+        if len(reference) < 2:
+            continue
+        spread = [max(at) - min(at) for at in zip(*reference.values())]
+        for row in good:
+            if row["option"] != "torch":
+                pairs = zip(windows(row["losses"]), reference[row["seed"]], spread)
+                strays = [(abs(a - b), abs(a - b) / s) for a, b, s in pairs]
+                nats, share = max(strays, key=lambda stray: stray[1])
+                found.append({"option": row["option"], "precision": kind, "nats": nats, "share": share})
+    return found
+
+
+def table(found: Sequence[dict]) -> str:
+    lines = [f"{'option':<24}{'precision':<11}{'farthest, nats':>15}{'of the seeds spread':>21}"]
+    for row in found:
+        late = "" if row["share"] <= 1 else "  BEYOND IT"
+        lines.append(f"{row['option']:<24}{row['precision']:<11}{row['nats']:>15.4f}{row['share']:>20.0%}{late}")
+    return "\n".join(lines)
+
+
+def plan(names: Sequence[str], device: torch.device) -> list[tuple[str, int, str, bool]]:
+    """(option, seed, precision, interpreted?) of every run: the slowest, the interpreted ones, first."""
+    chosen = {name: OPTIONS[name] for name in names if device.type == "cuda" or not OPTIONS[name].cuda}
+    kinds = dict.fromkeys(precision(option, device) for option in chosen.values())
+    runs = [(name, SEEDS[0], precision(o, device), o.triton and device.type == "cpu") for name, o in chosen.items()]
+    runs += [("torch", seed, kind, False) for kind in kinds for seed in SEEDS]
+    return sorted(runs, key=lambda r: (not r[3], r[0] != "all ours"))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tests.long.options", description=__doc__.splitlines()[0])
+    p.add_argument("--option", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="only these")
+    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--batch-size", type=int, default=2, help="sequences of 128 tokens in a step")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, on a CPU")
+    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
+    p.add_argument("--only", nargs=4, help=argparse.SUPPRESS)  # what a run's process gets
+    return p
+
+
+def main(argv: Sequence[str], do: Callable[..., dict] = apart) -> int:
+    options = parser().parse_args(argv)
+    device = pick_device(options.device)
+    options.device = str(device)
+    for name in ("steps", "batch_size", "jobs"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1")
+    if options.only:
+        name, seed, kind, out = options.only
+        one(name, int(seed), kind, options, Path(out))
+        return 0
+    path = options.file or harness.results_file("options")
+    print(f"{options.steps} steps of nano, B {options.batch_size}, on {device_name(device)}; rows in {path}")
+    record, start = machine.record(), time.monotonic()
+    rows = []
+    with ThreadPoolExecutor(options.jobs if device.type == "cpu" else 1) as pool:
+        runs = plan(options.option, device)
+        for row in pool.map(lambda r: do(*r[:3], options, r[3]), runs):
+            harness.append_row(path, {"suite": "options", **row, "machine": record})
+            rows.append(row)
+    found = verdicts(rows)
+    print(table(found))
+    print(f"{len(rows)} runs in {time.monotonic() - start:.0f} s")
+    return int(any(row["status"] != "ok" for row in rows) or any(row["share"] > 1 for row in found))
+
+
+if __name__ == "__main__":
+    run_main(main)

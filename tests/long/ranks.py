@@ -1,0 +1,114 @@
+"""Do N processes train what one does, and how much faster? `python -m tests.long.ranks`: torchrun, 1, 2 and 4 of them.
+
+The same run each time, with the same tokens in each step: one process adds up as many micro-batches as all the others
+have together. Losses and norms are compared step by step; beside them tokens/s. Each process has one CPU thread, as of
+torchrun, and on a machine with GPUs a GPU of its own; without one, Triton's kernels are interpreted.
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from gpt2fast import machine, run
+from gpt2fast.errors import RunError, UserError, run_main
+from tests.long import small
+
+FLAGS = {  # by backend: nano; and a model that the interpreter gets through
+    "torch": "nano --precision fp32 --total-batch 8192 --steps 10 --warmup 2 --sample-every 0 --val-every 5",
+    "triton": "nano --precision fp32 --model.n-layer 1 --model.n-head 1 --model.n-embd 16 --model.block-size 16 "
+    "--model.vocab-size 256 --data data --batch-size 2 --seq-len 16 --total-batch 128 --steps 4 --warmup 1 "
+    "--sample-every 0 --val-every 2 --val-batches 4 --optimizer triton",
+}
+INTERPRETED = {"torch": {}, "triton": {"TRITON_INTERPRET": "1"}}
+ULP = 2**-23  # fp32's, of numbers between 1 and 2
+
+
+def train(folder: Path, size: int, backend: str, flags: Sequence[str]) -> list[dict]:
+    """The rows of metrics.jsonl of a run on `size` processes. RunError if it fails."""
+    name = f"{backend}{size}"
+    python = [sys.executable, "-m"]
+    if size > 1:
+        python += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m"]
+    command = [*python, "gpt2fast.train", "--", *flags, "--backend", backend, "--compile", "off", "--run", name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else INTERPRETED[backend])
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-1500:]}")
+    return run.read_metrics(folder / "out" / name / "metrics.jsonl")
+
+
+def numbers(rows: Sequence[dict]) -> list[float]:
+    """Losses, norms and validation losses, in order."""
+    return [row[name] for row in rows for name in ("loss", "grad_norm", "val_loss") if name in row]
+
+
+def compare(rows: Sequence[dict], one: Sequence[dict]) -> dict:
+    """The largest relative difference from the run of one process, and how fast the steps after the first were."""
+    got, expected = numbers(rows), numbers(one)
+    if len(got) != len(expected):
+        raise RunError(f"one run left {len(got)} numbers, the other {len(expected)}: they took other steps")
+    worst = max(abs(a - b) / abs(b) for a, b in zip(got, expected))
+    speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
+    return {
+        "losses": [row["loss"] for row in rows if "loss" in row],
+        "numbers": len(got),
+        "largest_relative_difference": worst,
+        "in_units_of_fp32": round(worst / ULP, 1),
+        "tokens_per_s": statistics.median(speeds[1:] or speeds),
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tests.long.ranks", description=__doc__.splitlines()[0])
+    p.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes; 1 is always there")
+    p.add_argument("--backend", choices=sorted(FLAGS), default="torch")
+    p.add_argument("--flags", help="of gpt2fast.train, instead of the small run's; the last of two counts")
+    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
+    return p
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parser().parse_args(argv)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < max(options.sizes):
+        raise UserError(f"--sizes asks for {max(options.sizes)} processes, and there are {gpus} GPUs, one for each")
+    path = options.file or harness.results_file("ranks")
+    one: list[dict] = []
+    flags = [*shlex.split(FLAGS[options.backend]), *shlex.split(options.flags or "")]
+    with tempfile.TemporaryDirectory() as folder:
+        small.write_data(Path(folder))
+        for size in sorted({1, *options.sizes}):
+            start = time.monotonic()
+            rows = train(Path(folder), size, options.backend, flags)
+            one = one or rows
+            found = {
+                "suite": "ranks",
+                "status": "ok",
+                "processes": size,
+                "threads_each": 1,
+                "backend": options.backend,
+                **compare(rows, one),
+            }
+            found["seconds"] = round(time.monotonic() - start, 1)
+            harness.append_row(path, found | {"flags": shlex.join(flags), "machine": machine.record()})
+            print(
+                f"{size} processes: {found['numbers']} losses and norms differ from one's by at most "
+                f"{found['largest_relative_difference']:.1e}, {found['in_units_of_fp32']} units of fp32; "
+                f"{found['tokens_per_s']:,.0f} tokens/s",
+                flush=True,
+            )
+    print(f"rows in {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

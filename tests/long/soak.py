@@ -1,0 +1,196 @@
+"""Does a long run stay as it began? `python -m tests.long.soak`: thousands of small steps, watched from outside.
+
+A real training process with all that a run does between its steps: validation, samples, loss.png, checkpoints. Every
+so often its resident memory, open files, threads and processor time are read from /proc. Afterwards: memory's growth,
+as the median of the second half's twentieths (a heap with holes takes a tensor's size at once, now and then; a leak
+goes on) and as its slope by least squares, which counts such jumps; no more files and threads held than early on;
+a step's processor time in the last fifth beside the second; and metrics.jsonl, where every step stands once, in order.
+Others may share the machine, and their load makes ours slower, also by its own processor time: so each fifth's fastest
+tenth is compared.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import harness
+from gpt2fast import machine, run, train
+from gpt2fast.errors import UserError, run_main
+from tests.long import small
+
+PROC = Path("/proc")
+MODELS = {"small": small.FLAGS, "nano": (
+    "nano", "--device", "cpu", "--deterministic", "--batch-size", "1", "--seq-len", "64", "--total-batch", "64",
+)}  # fmt: skip
+SLOWER = 0.1  # of a step's time that is noise
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which Linux counts a process's time: 0.01
+BLOCKS = 10  # parts of a fifth of the run
+PARTS = 20  # of its second half
+
+
+def sample(pid: int, start: float) -> dict:
+    """What /proc says of a process now."""
+    pages = int((PROC / str(pid) / "statm").read_text().split()[1])
+    times = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[11:13]  # user and system
+    return {
+        "seconds": round(time.monotonic() - start, 3),
+        "cpu_seconds": sum(map(int, times)) * TICK,
+        "rss": pages * os.sysconf("SC_PAGE_SIZE"),
+        "files": len(os.listdir(PROC / str(pid) / "fd")),
+        "threads": len(os.listdir(PROC / str(pid) / "task")),
+    }
+
+
+def watch(process: BaseProcess, metrics: Path, every: int, total: int) -> list[dict]:
+    """A sample after each `every` steps until the process ends; `step` is the last whose row was there."""
+    start, samples, last, read = time.monotonic(), [], 0, 0
+    bar = tqdm(total=total, unit=" steps", mininterval=0.5)
+    while process.is_alive():
+        process.join(0.01)
+        if not metrics.exists():
+            continue
+        with metrics.open() as file:
+            file.seek(read)
+            lines = [line for line in file.read().splitlines(keepends=True) if line.endswith("\n")]
+        read += sum(map(len, lines))  # all of it is ASCII
+        steps = [json.loads(line)["step"] for line in lines]
+        if steps and steps[-1] // every > last // every:
+            try:
+                samples.append({"step": steps[-1]} | sample(process.pid or 0, start))
+            except (OSError, ValueError, IndexError):  # it has just ended
+                break
+        bar.update((steps[-1] if steps else last) - last)
+        last = steps[-1] if steps else last
+    bar.close()
+    process.join()
+    return samples
+
+
+def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of the line through (x, y) by least squares, and its standard error."""
+    x_mean, y_mean = (statistics.fmean(values) for values in zip(*points))
+    xx = sum((x - x_mean) ** 2 for x, _ in points)
+    b = sum((x - x_mean) * (y - y_mean) for x, y in points) / xx
+    rest = sum((y - y_mean - b * (x - x_mean)) ** 2 for x, y in points)
+    return b, math.sqrt(rest / (len(points) - 2) / xx)
+
+
+def step_times(samples: Sequence[dict], low: float, high: float) -> list[float]:
+    """Processor seconds a step in BLOCKS parts of the run's steps between two shares of it."""
+    total = samples[-1]["step"]
+    part = [row for row in samples if low * total <= row["step"] <= high * total]
+    edges = [part[round(i * (len(part) - 1) / BLOCKS)] for i in range(BLOCKS + 1)]
+    pairs = [(a, b) for a, b in itertools.pairwise(edges) if b["step"] > a["step"]]
+    return [(b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
+
+
+def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: float) -> dict:
+    """What the samples and metrics.jsonl come to; "faults" says what is wrong, in words."""
+    warm = [row for row in samples if row["step"] >= steps / 5]
+    half = [row for row in samples if row["step"] >= steps / 2]
+    slope_, error = slope([(row["step"] / 1000, row["rss"]) for row in half])
+    edges = [half[round(i * (len(half) - 1) / PARTS)] for i in range(PARTS + 1)]
+    growth = statistics.median(
+        (b["rss"] - a["rss"]) / (b["step"] - a["step"]) * 1000
+        for a, b in itertools.pairwise(edges)
+        if b["step"] > a["step"]
+    )
+    before, after = min(step_times(samples, 0.2, 0.4)), min(step_times(samples, 0.8, 1.0))
+    quarter = max(1, len(warm) // 4)  # at its end what is there in every sample: an event has a file open for a moment
+    held = {
+        name: [max(row[name] for row in warm[:quarter]), min(row[name] for row in warm[-quarter:])]
+        for name in ("files", "threads")
+    }
+    found = {
+        "rss_per_1000_steps": round(slope_), "rss_standard_error": round(error), "rss_limit": round(limit),
+        "rss_steady_growth": round(growth),
+        "rss_first": samples[0]["rss"], "rss_half": samples[len(samples) // 2]["rss"], "rss_last": samples[-1]["rss"],
+        **held,
+        "cpu_ms_second_fifth": before * 1e3, "cpu_ms_last_fifth": after * 1e3,
+        "validations": sum("val_loss" in row for row in rows), "samples": sum("sample" in row for row in rows),
+    }  # fmt: skip
+    faults = []
+    if growth > limit:
+        faults.append(f"memory grows by {growth:,.0f} bytes in 1000 steps, more than {limit:,.0f}")
+    faults += [f"open {name} grew from {a} to {b}" for name in ("files", "threads") for a, b in [found[name]] if b > a]
+    rounding = 2 * TICK / (steps / 5 / BLOCKS)
+    if after - before > SLOWER * before + rounding:
+        faults.append(f"a step took {before * 1e3:.2f} ms of a processor and then {after * 1e3:.2f}")
+    if [row["step"] for row in rows if "loss" in row] != list(range(1, steps + 1)):
+        faults.append(f"metrics.jsonl does not hold each of {steps} steps once, in order")
+    return found | {"faults": faults}
+
+
+def soak(
+    folder: Path, model: str, steps: int, every: int, limit: float, do: Callable[..., int]
+) -> tuple[list[dict], dict]:
+    """Train for `steps` steps in `folder`, an event of each kind after each `every` -> samples and what they say."""
+    small.write_data(folder)
+    flags = ["--val-every", every, "--val-batches", 2, "--sample-every", every, "--sample-tokens", 4]
+    flags += ["--checkpoint-every", every, "--keep", 2, "--steps", steps, "--run", "soak"]
+    process = small.start(folder, *MODELS[model], *map(str, flags), do=do)
+    out = folder / "out" / "soak"
+    samples = watch(process, out / "metrics.jsonl", max(1, every // 4), steps)
+    if process.exitcode:
+        raise UserError(f"the run ended with {process.exitcode}: {small.said(folder)}")
+    kept = [path.name for path in (out / "checkpoints").iterdir()]
+    found = judge(samples, run.read_metrics(out / "metrics.jsonl"), steps, limit)
+    if len(kept) != 2:
+        found["faults"].append(f"{len(kept)} folders are left of checkpoints, not 2: {', '.join(sorted(kept))}")
+    return samples, {"model": model, "steps": steps, "every": every, **found}
+
+
+def describe(found: dict) -> str:
+    return "\n".join([
+        f"memory  {found['rss_steady_growth'] / 2**10:+,.1f} KiB in 1000 steps, slope "
+        f"{found['rss_per_1000_steps'] / 2**10:+,.1f}, standard error {found['rss_standard_error'] / 2**10:,.1f}; "
+        f"{found['rss_first'] / 2**20:,.1f} MiB at the first sample, "
+        f"{found['rss_half'] / 2**20:,.1f} half-way, {found['rss_last'] / 2**20:,.1f} at the last",
+        *(f"{name:<8}{found[name][0]} early on, {found[name][1]} held at the end" for name in ("files", "threads")),
+        f"step    {found['cpu_ms_second_fifth']:.2f} ms of a processor in the second fifth, "
+        f"{found['cpu_ms_last_fifth']:.2f} in the last",
+        *(f"FAULT   {fault}" for fault in found["faults"]),
+    ])  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tests.long.soak", description=__doc__.splitlines()[0])
+    p.add_argument("--model", choices=MODELS, default="small", help="nano: the preset's, in small batches")
+    p.add_argument("--steps", type=int, default=5000)
+    p.add_argument("--every", type=int, default=100, help="steps between events")
+    p.add_argument("--limit", type=float, default=1024, help="KiB that memory may grow by in 1000 steps")
+    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
+    return p
+
+
+def main(argv: Sequence[str], do: Callable[[Sequence[str]], int] = train.main) -> int:
+    options = parser().parse_args(argv)
+    if not (PROC / "self" / "statm").exists():
+        raise UserError("/proc/self/statm is missing: memory is read there, which only Linux has")
+    if options.every < 1 or options.steps < 10 * options.every:
+        raise UserError(f"--steps is {options.steps} and --every {options.every}: ten events at least make a line")
+    path = options.file or harness.results_file("soak")
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        samples, found = soak(Path(folder), options.model, options.steps, options.every, options.limit * 2**10, do)
+    for row in samples:
+        harness.append_row(path, {"suite": "soak", **row})
+    seconds = round(time.monotonic() - start, 1)
+    harness.append_row(path, {"suite": "soak", "seconds": seconds, **found, "machine": machine.record()})
+    print(describe(found))
+    print(f"{options.steps} steps in {seconds:,.0f} s; rows in {path}")
+    return int(bool(found["faults"]))
+
+
+if __name__ == "__main__":
+    run_main(main)

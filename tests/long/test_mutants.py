@@ -1,0 +1,26 @@
+"""Every planted fault is caught by the test that is named beside it. One module's: `-m long -k gelu`."""
+
+import pytest
+
+from tests.tools import mutation
+from tests.tools.affected import name_of
+from tests.tools.mutation import Mutant
+
+pytestmark = pytest.mark.long
+
+ALL = [
+    pytest.param(module, mutant, id=name_of(module, mutant))
+    for module, mutants in mutation.planted().items()
+    for mutant in mutants
+]
+
+
+@pytest.mark.parametrize(("module", "mutant"), ALL)
+def test_it_is_caught(module, mutant):
+    assert mutation.survives(module, mutant) == ""
+
+
+def test_a_harmless_change_survives_and_one_of_nothing_is_told():
+    harmless = Mutant("F.linear(x, fc_w)", "F.linear(x, fc_w, None)", "nothing", "test_as_accurate_as_torch")
+    assert "survived tests/kernels/test_mlp.py::test_as" in mutation.survives("kernels/mlp.py", harmless)
+    assert "has no 'not there'" in mutation.survives("kernels/mlp.py", harmless._replace(old="not there"))

@@ -1,0 +1,75 @@
+"""Faults planted in gpt2fast/cpu.py, each with the test that must catch it."""
+
+from tests.tools.mutation import Mutant
+
+MUTANTS = [
+    Mutant("p = p.to(qkv.dtype).tril_(begin)", "p = p.to(qkv.dtype)", "the future is seen, by dv", "test_attention"),
+    Mutant(
+        "mul_(p).to(qkv.dtype).tril_(begin)",
+        "mul_(p).to(qkv.dtype)",
+        "the future is seen, by dq and dk",
+        "test_attention",
+    ),
+    Mutant("if dtype == torch.bfloat16:", "if True:", "fp32 products of rounded operands", "test_attention"),
+    Mutant("lse, 0.0, True)", "lse, 0.0, False)", "torch's backward sees the future", "test_attention"),
+    Mutant(
+        "d[0, h, rows].baddbmm_(ds, k[h, keys], alpha=scale)",
+        "d[0, h, rows].baddbmm_(ds, k[h, keys])",
+        "dq without its scale",
+        "test_attention",
+    ),
+    Mutant("s, alpha=scale, out=s)", "s, out=s)", "scores without their scale", "test_attention"),
+    Mutant("-(do_ * o)", "0 * (do_ * o)", "no delta", "test_attention"),
+    Mutant(".clamp_(-87, 1)", ".clamp_(-7, 1)", "small probabilities are not that small", "test_attention"),
+    Mutant(
+        "h = slice(start, start + heads)", "h = slice(0, heads)", "the first heads, again and again", "test_attention"
+    ),
+    Mutant(
+        "(ds.mT, q[h, rows], alpha=scale)",
+        "(ds.mT, q[h, rows], alpha=scale, beta=int(begin == 0))",
+        "dk of the last block only",
+        "test_attention",
+    ),
+    Mutant(
+        "s = torch.bmm(q_[h, rows], k_[h, keys].mT)",
+        "s = torch.bmm(q_[h, rows].bfloat16(), k_[h, keys].mT.bfloat16()).to(dtype)",
+        "scores rounded to bf16",
+        "test_attention",
+    ),
+    Mutant(
+        "logits[:, vocab_size:] = -math.inf",
+        "logits[:, vocab_size:] = 0",
+        "padding has a probability",
+        "test_linear_cross_entropy",
+    ),
+    Mutant(
+        "torch.expm1(log_p).to(p.dtype)",
+        "torch.exp(log_p).to(p.dtype)",
+        "p and not p - 1 at the target",
+        "test_linear_cross_entropy",
+    ),
+    Mutant(
+        "copy=True)", "copy=False)", "logits are read after softmax has overwritten them", "test_linear_cross_entropy"
+    ),
+    Mutant(
+        "if (some_p > TINY).all():",
+        "if True:",
+        "log of a probability that is zero",
+        "test_where_a_sampled_column_is_next_to_impossible_logsumexp_is_made_of_all",
+    ),
+    Mutant("if not counted[chunk].all():", "if False:", "ignored targets have gradients", "test_linear_cross_entropy"),
+    Mutant("dw.add_(part)", "part", "dw of the last chunk only", "test_linear_cross_entropy"),
+    Mutant(
+        "scale = dloss / (targets != IGNORE).sum().clamp(min=1)",
+        "scale = dloss / len(targets)",
+        "ignored targets count in the mean",
+        "test_linear_cross_entropy",
+    ),
+    Mutant("dy.sum(0)", "dy[:-1].sum(0)", "the last row is not in db", "test_linear"),
+    Mutant(
+        "zip(a.chunk(2), y.chunk(2))",
+        "zip(a.chunk(2)[:1], y.chunk(2))",
+        "half of the rows is not written",
+        "test_linear",
+    ),
+]

@@ -1,0 +1,225 @@
+"""The six names for a CPU: as accurate as the reference at the same dtype, in every case that they treat apart."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import library
+
+from gpt2fast import cpu, optim, reference
+from gpt2fast.model import GPT, GPTConfig
+from gpt2fast.ops import Ops
+from gpt2fast.step import TrainingStep
+from tests.tools.accuracy import Results, assert_as_accurate, assert_kernel_is_as_accurate, outputs_and_gradients
+from tests.tools.inputs import normal
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+IGNORE = reference.IGNORE
+
+
+def judge(name, inputs, others=(), **options):
+    """cpu's against the reference's, whose arithmetic at the same dtype is the honest one."""
+
+    def theirs(*tensors):
+        return getattr(reference, name)(*tensors, *others)
+
+    def base(inputs, cotangents) -> Results:
+        return outputs_and_gradients(theirs, inputs, cotangents)
+
+    assert_kernel_is_as_accurate(lambda *x: getattr(cpu, name)(*x, *others), theirs, inputs, base=base, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((2, 3, 40, 24), id="small"),
+        pytest.param((7, 13, 11), id="odd"),
+        pytest.param((1024, 768, 768), id="gpt2's, cut into two"),
+        pytest.param((2, 257, 300, 512), id="an odd number of rows, cut into two"),
+        pytest.param((1, 5, 3), id="one row"),
+        pytest.param((0, 5, 3), id="no rows"),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_linear(shape, dtype, bias):
+    n = partial(normal, dtype=DTYPES[dtype], device="cpu")
+    *rows, wide, out = shape
+    judge("linear", [n(*rows, wide), n(out, wide) / math.sqrt(wide)] + [n(out)] * bias)
+
+
+def test_a_cut_matmul_is_the_whole_one():
+    n = partial(normal, dtype=torch.bfloat16, device="cpu")
+    a, b, bias = n(514, 64), n(64, 300), n(300)
+    torch.testing.assert_close(cpu._matmul(a, b, bias), torch.addmm(bias, a, b))
+    torch.testing.assert_close(cpu._matmul(a, b), a @ b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp(dtype):
+    n = partial(normal, dtype=DTYPES[dtype], device="cpu")
+    judge("mlp", [n(2, 65, 48), n(192, 48) / 7, n(192), n(48, 192) / 14, n(48)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((2, 2, 256, 64), id="gpt2's: two blocks of queries"),
+        pytest.param((1, 3, 300, 16), id="a last block that is not full"),
+        pytest.param((3, 2, 128, 32), id="nano's: one block"),
+        pytest.param((2, 1, 17, 7), id="odd"),
+        pytest.param((2, 2, 1, 8), id="one position"),
+        pytest.param((2, 3, 520, 8), id="long: torch's backward"),
+        pytest.param((0, 2, 8, 8), id="no sequences"),
+    ],
+)
+def test_attention(shape, dtype, monkeypatch):
+    B, H, T, D = shape
+    monkeypatch.setattr(cpu, "SCORES", 2 * 128 * T)  # two heads at a time, so that there is a last group of one
+    qkv = normal(B, T, 3 * H * D, dtype=DTYPES[dtype], device="cpu")
+    judge("attention", [qkv], (H,), gradient_factor=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_where_probabilities_vanish(dtype):
+    """Scores of +-100: beside the largest, exp gives what fp32 cannot hold; and what is not seen would overflow."""
+    qkv = normal(1, 40, 3 * 16, dtype=DTYPES[dtype], device="cpu") * 8
+    judge("attention", [qkv], (1,), gradient_factor=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_rounds_only_products_of_what_is_bf16_already(dtype, monkeypatch):
+    """Asked of torch's setting: a CPU that multiplies no bf16 ignores it, and would show no difference."""
+    matmul, bmm, asked = torch.backends.mkldnn.matmul, torch.bmm, []
+    before = matmul.fp32_precision
+
+    def noted(*args):
+        asked.append(matmul.fp32_precision)
+        return bmm(*args)
+
+    monkeypatch.setattr(torch, "bmm", noted)
+    qkv = normal(1, 40, 3 * 16, dtype=DTYPES[dtype], device="cpu").requires_grad_()
+    cpu.attention(qkv, 1).sum().backward()
+    assert set(asked) == {"bf16" if dtype == "bf16" else before}
+    assert before != "bf16"
+    assert matmul.fp32_precision == before
+
+
+def test_attention_takes_a_gradient_that_is_not_contiguous():
+    qkv = normal(2, 9, 24, dtype=torch.float32, device="cpu")
+    do = normal(9, 2, 8, dtype=torch.float32, device="cpu").transpose(0, 1)
+    got, theirs = (
+        outputs_and_gradients(lambda x, f=f: f(x, 2), [qkv], [do]) for f in (cpu.attention, reference.attention)
+    )
+    torch.testing.assert_close(got.gradients, theirs.gradients)
+
+
+TARGETS = torch.arange(50) * 7 % 60
+SOME_IGNORED = torch.where(torch.arange(50) % 3 == 1, IGNORE, TARGETS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [16, 50, 1024], ids=lambda rows: f"chunks of {rows}")
+@pytest.mark.parametrize("targets", [TARGETS, SOME_IGNORED], ids=["all count", "some are ignored"])
+@pytest.mark.parametrize("scale", [1, 8], ids=lambda scale: f"logits times {scale}")
+def test_linear_cross_entropy(dtype, rows, targets, scale, monkeypatch):
+    monkeypatch.setattr(cpu, "ROWS", rows)
+    n = partial(normal, dtype=DTYPES[dtype], device="cpu")
+    judge("linear_cross_entropy", [n(50, 24), n(64, 24) / 5 * scale], (targets, 60))
+
+
+def test_a_large_vocabulary_is_sampled():
+    n = partial(normal, dtype=torch.bfloat16, device="cpu")
+    judge("linear_cross_entropy", [n(40, 32), n(5000, 32) / 6], (torch.arange(40) * 123,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_a_sampled_column_is_next_to_impossible_logsumexp_is_made_of_all(dtype):
+    """Logits of +-200: probabilities beside the largest vanish, their logarithms with them."""
+    x = torch.eye(8, 16, dtype=DTYPES[dtype]) * 200
+    w = torch.eye(40, 16, dtype=DTYPES[dtype]) - torch.eye(40, 16, dtype=DTYPES[dtype]).roll(3, 0)
+    targets = torch.arange(8).flip(0)
+    got = cpu.linear_cross_entropy(x, w, targets)
+    torch.testing.assert_close(got, reference.linear_cross_entropy(x, w, targets), rtol=1e-5, atol=0)
+    assert got > 100
+
+
+def test_nothing_to_predict_is_nan_with_gradient_zero_as_in_torch():
+    for fn in (cpu.linear_cross_entropy, reference.linear_cross_entropy):
+        x = normal(5, 8, dtype=torch.float32, device="cpu").requires_grad_()
+        loss = fn(x, normal(12, 8, dtype=torch.float32, device="cpu"), torch.full((5,), IGNORE))
+        assert loss.isnan()
+        assert torch.autograd.grad(loss, x)[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "attention", "linear_cross_entropy"])
+def test_nan_in_means_nan_out(name):
+    n = partial(normal, dtype=torch.float32, device="cpu")
+    inputs, others = {
+        "linear": ([n(3, 8), n(4, 8)], ()),
+        "mlp": ([n(3, 8), n(16, 8), n(16), n(8, 16), n(8)], ()),
+        "attention": ([n(1, 3, 24)], (2,)),
+        "linear_cross_entropy": ([n(3, 8), n(12, 8)], (torch.tensor([1, 2, 3]),)),
+    }[name]
+    inputs[0].view(-1)[-1] = math.nan
+    results = outputs_and_gradients(lambda *x: getattr(cpu, name)(*x, *others), inputs)
+    assert results.outputs[0].isnan().any()
+    assert any(gradient.isnan().any() for gradient in results.gradients)
+
+
+def test_a_loss_without_gradients_makes_none(monkeypatch):
+    n = partial(normal, dtype=torch.float32, device="cpu")
+    x, w, targets = n(5, 8).requires_grad_(), n(12, 8).requires_grad_(), torch.arange(5)
+    expected = cpu.linear_cross_entropy(x, w, targets).detach()
+    products = []
+    monkeypatch.setattr(cpu.torch, "mm", lambda *args, mm=torch.mm: products.append(args) or mm(*args))
+    with torch.no_grad():
+        assert torch.equal(cpu.linear_cross_entropy(x, w, targets), expected)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("op", [cpu._attention_bwd, cpu._linear_cross_entropy], ids=str)
+def test_the_operators_are_registered_as_torch_wants_them(op):
+    n = partial(normal, dtype=torch.bfloat16, device="cpu")
+    if op is cpu._attention_bwd:
+        samples = [(n(2, 9, 8), n(2, 9, 24), n(2, 9, 8), n(2, 2, 9).float(), 2)]
+    else:
+        samples = [(n(5, 8), n(12, 8), torch.tensor([3, IGNORE, 5, 0, 9]), 10, grads) for grads in (True, False)]
+    for sample in samples:
+        library.opcheck(op, sample, test_utils=("test_schema", "test_faketensor"))
+
+
+OURS = Ops(**{name: getattr(cpu, name) for name in Ops.__dataclass_fields__})
+THEIRS = Ops(**{name: getattr(reference, name) for name in Ops.__dataclass_fields__})
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300)  # 20 more words are padding
+
+
+def train(ops: Ops, precision: str, steps: int, compile: bool = False) -> torch.Tensor:
+    """Losses of AdamW from the same weights on the same batches of 3."""
+    model = GPT(CONFIG, ops)
+    if precision == "fp64":
+        model = model.double()
+    tokens = torch.randint(300, (3, 2, 41), generator=torch.Generator().manual_seed(1))
+    step = TrainingStep(
+        model, optim.adamw(model, 0.1), precision="fp32" if precision == "fp64" else precision, compile=compile
+    )
+    batches = iter([(tokens[i % 3, :, :-1], tokens[i % 3, :, 1:]) for i in range(steps)])
+    return torch.stack([step(batches, 1e-3)[0].detach() for _ in range(steps)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_200_steps_lose_as_the_references_do_within_the_rounding(precision):
+    truth = train(THEIRS, "fp64", 200).double()
+    base, got = train(THEIRS, precision, 200), train(OURS, precision, 200)
+    assert truth[-1] < 0.5 * truth[0]
+    assert_as_accurate(got, truth, base, name="losses")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_give_the_same_losses_and_leave_the_model_uncompiled(precision):
+    eager, compiled = train(OURS, precision, 5), train(OURS, precision, 5, compile=True)
+    torch.testing.assert_close(compiled, eager, rtol=2e-6 if precision == "fp32" else 1e-3, atol=0)

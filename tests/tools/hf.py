@@ -1,0 +1,37 @@
+"""transformers' GPT-2 with random weights, and its tensors in our names."""
+
+import pytest
+from torch import Tensor, nn
+
+from gpt2fast.model import GPTConfig
+from tests.tools.foreign import TRANSPOSED
+from tests.tools.inputs import randomise
+
+transformers = pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")
+
+
+def huggingface_model(config: GPTConfig) -> nn.Module:
+    """Their GPT-2 with weights of training's size everywhere: an initial bias of zero would hide a lost one."""
+    settings = transformers.GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    assert settings.activation_function == "gelu_new"
+    model = transformers.GPT2LMHeadModel(settings)
+    randomise(model, 0.05, 0)
+    return model
+
+
+def in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("transformer."): tensor.T if name.endswith(TRANSPOSED) else tensor
+        for name, tensor in tensors.items()
+    }

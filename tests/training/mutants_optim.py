@@ -1,0 +1,60 @@
+"""Faults planted in gpt2fast/optim.py, each with the test that must catch it."""
+
+from tests.tools.mutation import Mutant
+
+MUTANTS = [
+    Mutant(
+        "local.found_inf = (~norm.isfinite()).float()",
+        "pass",
+        "NaN gradients are taken",
+        "training/test_step.py::test_weights_moments_and_step_counts_stay_bit_for_bit",
+    ),
+    Mutant(
+        "            optimizer.zero_grad(set_to_none=True)\n",
+        "            pass\n",
+        "NaN gradients are taken where AdamW is not fused",
+        "training/test_step.py::test_weights_moments_and_step_counts_stay_bit_for_bit",
+    ),
+    Mutant(
+        ' and not getattr(self, "found_inf", None)',
+        "",
+        "NaN gradients of copies are taken",
+        "training/test_step.py::test_gradients_of_copies_on_a_cpu",
+    ),
+    Mutant(
+        "g = g.float() / shorten",
+        "g = g.float()",
+        "gradients are not clipped",
+        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+    ),
+    Mutant(
+        "1 - lr * group",
+        "1 - 0 * group",
+        "no weight decay",
+        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+    ),
+    Mutant(
+        "1 - beta2**step",
+        "1 - beta2",
+        "v without its correction",
+        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+    ),
+    Mutant(
+        "    copy.copy_(w)\n",
+        "",
+        "copies stay what they were",
+        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+    ),
+    Mutant(
+        "            copy.grad = None",
+        "            pass",
+        "gradients add up from step to step",
+        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+    ),
+    Mutant(
+        '(*weights, *getattr(optimizer, "copies", {}).values())',
+        "weights",
+        "a norm without the copies'",
+        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+    ),
+]

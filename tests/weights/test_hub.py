@@ -1,0 +1,76 @@
+"""Models by their name on the hub, which a folder stands in for here; and what is said where there is no hub."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2fast import weights
+from gpt2fast.errors import UserError
+from tests.tools import foreign
+from tests.tools.foreign import conv1d, random_tensors
+
+hub = pytest.importorskip("huggingface_hub", reason="what is asked for is this package's snapshot_download")
+
+
+def fake_hub(monkeypatch, repository: Path) -> list[str]:
+    """huggingface_hub's place is taken by a folder; the names that were asked for."""
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        cache = repository.parent / "cache"
+        cache.mkdir(exist_ok=True)
+        for path in repository.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize("source", ["gpt2-xl", "someone/gpt2"])
+def test_from_the_hub(tmp_path, monkeypatch, source):
+    repository = foreign.huggingface_folder(tmp_path / "repository")
+    torch.save({"never": "downloaded"}, repository / "pytorch_model.bin")
+    asked = fake_hub(monkeypatch, repository)
+    found = weights.read(source)
+    assert asked == ["openai-community/gpt2-xl" if source == "gpt2-xl" else source]
+    assert found.where == f"{asked[0]} on the hub"
+    assert not (tmp_path / "cache" / "pytorch_model.bin").exists()
+    assert torch.equal(found.tensors["wte.weight"], random_tensors()["wte.weight"])
+
+
+def test_from_the_hub_where_there_are_no_safetensors(tmp_path, monkeypatch):
+    repository = foreign.huggingface_folder(tmp_path / "repository")
+    (repository / "model.safetensors").unlink()
+    fake_hub(monkeypatch, repository)
+    with pytest.raises(UserError, match="has neither model.safetensors nor pytorch_model.bin"):
+        weights.read("gpt2")
+    torch.save(conv1d(random_tensors()), repository / "pytorch_model.bin")
+    assert torch.equal(weights.read("gpt2").tensors["wte.weight"], random_tensors()["wte.weight"])
+
+
+def test_a_path_wins_over_the_hub(tmp_path, monkeypatch):
+    asked = fake_hub(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    foreign.huggingface_folder(tmp_path / "gpt2")
+    assert weights.read("gpt2").where == "gpt2"
+    for path in ("../gpt2-mine", "/data/gpt2", "out/model.bin", "a/b/c", "gpt3", "out/"):
+        with pytest.raises(UserError, match="does not exist: name a run's folder"):
+            weights.read(path)
+    assert not asked
+
+
+def test_without_the_hub_the_message_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    by_hand = "download config.json and model.safetensors from https://huggingface.co/someone/gpt2 into a folder"
+    with pytest.raises(UserError, match=rf"someone/gpt2 did not come from the hub \(\w+: .*\): {by_hand}"):
+        weights.read("someone/gpt2")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=rf"pip install 'gpt2fast\[hub\]'; or {by_hand}"):
+        weights.read("someone/gpt2")

@@ -1,0 +1,12 @@
+"""The names and shapes of GPT-2's tensors."""
+
+from gpt2fast import layout
+from gpt2fast.model import GPT
+from gpt2fast.ops import OpsConfig, build
+from tests.tools.foreign import CONFIG
+
+
+def test_the_layout_is_the_models():
+    model = GPT(CONFIG, build(OpsConfig()))
+    assert layout.shapes(CONFIG) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert list(layout.shapes(CONFIG)) == list(model.state_dict())

@@ -1,0 +1,84 @@
+"""OpenAI's release: a checkpoint that TensorFlow wrote is read without TensorFlow, and no damage to it goes unseen."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2fast import openai, weights
+from gpt2fast.errors import UserError
+from gpt2fast.model import GPTConfig
+from tests.tools.foreign import OPENAI
+from tests.tools.hostile import block, refused, table, varint
+
+
+def test_openais_checkpoint_without_tensorflow():
+    expected = GPTConfig(n_layer=2, n_head=3, n_embd=12, block_size=7, vocab_size=29)
+    with np.load(OPENAI / "model.npz") as archive:
+        stored = {name: torch.from_numpy(archive[name]) for name in archive}
+    for source in (OPENAI, OPENAI / "model.ckpt.index", OPENAI / "model.npz"):
+        found = weights.read(source)
+        assert found.config == expected
+        assert torch.equal(found.tensors["wte.weight"], stored["model/wte"])
+        assert torch.equal(found.tensors["h.1.ln_2.weight"], stored["model/h1/ln_2/g"])
+        assert torch.equal(found.tensors["h.0.attn.c_attn.weight"], stored["model/h0/attn/c_attn/w"][0].T)
+        assert torch.equal(found.tensors["h.1.mlp.c_proj.bias"], stored["model/h1/mlp/c_proj/b"])
+    by_numpy = weights.read(OPENAI / "model.npz").tensors
+    assert all(torch.equal(tensor, by_numpy[name]) for name, tensor in weights.read(OPENAI).tensors.items())
+
+
+@pytest.fixture
+def release(tmp_path) -> Path:
+    return Path(shutil.copytree(OPENAI, tmp_path / "124M", ignore=shutil.ignore_patterns("*.npz")))
+
+
+def test_a_flipped_byte_of_the_index_is_refused_or_does_not_matter(release):
+    index = release / "model.ckpt.index"
+    whole, needed = index.read_bytes(), weights.read(release).tensors
+    refused = 0
+    for i in range(len(whole)):
+        index.write_bytes(whole[:i] + bytes([whole[i] ^ 0x5A]) + whole[i + 1 :])
+        try:
+            found = weights.read(release).tensors
+            assert all(torch.equal(tensor, needed[name]) for name, tensor in found.items())
+        except UserError as error:
+            assert "is damaged or no TensorFlow checkpoint" in str(error)
+            refused += 1
+    assert refused > 0.9 * len(whole)
+
+
+def test_what_is_missing_or_cut_beside_the_index_is_refused(release):
+    data = release / "model.ckpt.data-00000-of-00001"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="index is damaged.*in data of 16895 bytes"):
+        weights.read(release)
+    data.unlink()
+    with pytest.raises(UserError, match="data-00000-of-00001 cannot be read"):
+        weights.read(release)
+    data.write_bytes(whole)
+    (release / "hparams.json").write_text('{"n_vocab": 29}')
+    with pytest.raises(UserError, match="hparams.json describes no GPT-2"):
+        weights.read(release)
+    (release / "hparams.json").unlink()
+    with pytest.raises(UserError, match="no size that is known"):
+        weights.read(release)
+    shutil.copy(release / "model.ckpt.index", release / "model-2.ckpt.index")
+    with pytest.raises(UserError, match="holds 2 TensorFlow checkpoints: name one"):
+        weights.read(release)
+
+
+@pytest.mark.parametrize(
+    ("inner", "handles", "match"),
+    [
+        (block(varint(0) + varint(5000) + varint(0) + b"a" * 5000), 1, "a name of 5000 bytes"),
+        (block(varint(0) + varint(900) + varint(0) + b"a" * 900), 1000, "blocks that lie upon each other"),
+        (block(b"\x80" * 20 + b"\1"), 1, "more than 64 bits"),
+    ],
+)
+def test_a_tensorflow_index_cannot_repeat_itself(tmp_path, inner, handles, match):
+    """A name may repeat the last one, and blocks may be named again: quadratic work and memory in a small file."""
+    (tmp_path / "a.index").write_bytes(table(inner, handles))
+    refused(lambda: openai.read(tmp_path / "a.index"), match)
