@@ -1,5 +1,8 @@
 """A device, a fixed number of threads, and programs run from elsewhere. Triton is interpreted where there is no GPU."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -13,35 +16,59 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import torch
-
-from gpt2fast import allocator
-from tests.tools import programs
+from tests.tools import accounts, programs
 from tests.tools.accounts import (  # noqa: F401  # pytest finds its hooks here
-    pytest_configure,
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_testnodedown,
 )
-from tests.tools.checkout import CUDA, THREADS
+from tests.tools.checkout import THREADS
 
-torch.set_num_threads(THREADS)
-allocator.keep_freed_memory = lambda: False  # for good: this process would keep the memory of all its tests
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch has not done yet
-    from tests.tools import interpreter
 
-    interpreter.repair()
+def pytest_configure(config: pytest.Config) -> None:
+    accounts.pytest_configure(config)
+    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        prepare()  # not xdist's controller, which runs no test and would take 0.4 GB for torch
+
+
+def prepare() -> None:
+    """Before test files are imported."""
+    import torch
+
+    from gpt2fast import allocator
+    from tests.tools.gpu import CUDA
+
+    torch.set_num_threads(THREADS)
+    allocator.keep_freed_memory = lambda: False  # for good: this process would keep the memory of all its tests
+    if not CUDA:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch has not done yet
+        from tests.tools import interpreter
+
+        interpreter.repair()
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not CUDA:
-        pytest.skip(f"needs a CUDA GPU, and torch {torch.__version__} sees none")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip(f"needs a CUDA GPU, and torch {torch.__version__} sees none")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory_goes_back():
+    """After each file, as far as glibc's heap has it in one piece."""
+    yield
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if CUDA else "cpu")
+def device():
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -12,21 +12,24 @@ import hashlib
 import json
 import random
 import re
+import signal
+import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import cycle, islice
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks import harness
 from gpt2fast import checkpoint, machine, run
 from gpt2fast.errors import RunError, UserError, run_main
 from tests.long import small
+from tests.tools.programs import Program
 
 EVERY = 3  # steps between checkpoints, of which the newest one is kept
-PATIENCE = 60.0  # seconds
+PATIENCE = 900.0  # seconds, that only a hang takes
 # what must appear in the folder of checkpoints, and the most seconds to wait after that
 KINDS: dict[str, tuple[str | None, float]] = {
     "writing": (r"\..*\.tmp", 0.02),
@@ -51,10 +54,10 @@ def entries(checkpoints: Path) -> set[tuple[str, int]]:
     return found
 
 
-def wait(process: BaseProcess, folder: Path, ready: Callable[[], bool]) -> None:
+def wait(process: Program | subprocess.Popen, folder: Path, ready: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not ready():
-        if not process.is_alive() or time.monotonic() > end:
+        if process.poll() is not None or time.monotonic() > end:
             raise RunError(f"the run ended by itself, or came to nothing in {PATIENCE:.0f} s: {small.said(folder)}")
         time.sleep(0.0001)
 
@@ -89,15 +92,16 @@ def kill(folder: Path, flags: Sequence[str], kind: str, delay: float) -> dict:
             wait(process, folder, lambda: any(re.fullmatch(pattern, name) for name, _ in entries(checkpoints) - old))
         time.sleep(delay)
     finally:
-        process.kill()
-        process.join()
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        process.wait()
     after = time.monotonic() - start
     hit = phase(before, entries(checkpoints), metrics_before, metrics.stat().st_ino)
     newest, path = small.newest(checkpoints)
     bits = digest(path)
     reached = max((row["step"] for row in run.read_metrics(metrics)), default=0)
-    if process.exitcode != -9:
-        raise RunError(f"the run ended with {process.exitcode} before it was killed: {small.said(folder)}")
+    if process.returncode != -9:
+        raise RunError(f"the run ended with {process.returncode} before it was killed: {small.said(folder)}")
     return {
         "kind": kind, "delay_ms": round(delay * 1e3, 2), "seconds": round(after, 3), "phase": hit, "from": resumed,
         "reached": reached, "newest": newest, "lost": reached - newest,
@@ -113,9 +117,9 @@ def digest(path: Path) -> str:
 
 def whole_run(folder: Path, *flags: str) -> None:
     process = small.start(folder, *flags)
-    process.join()
-    if process.exitcode:
-        raise RunError(f"a run ended with {process.exitcode}: {small.said(folder)}")
+    process.wait()
+    if process.returncode:
+        raise RunError(f"a run ended with {process.returncode}: {small.said(folder)}")
 
 
 def same(folder: Path, rows: Sequence[dict]) -> list[str]:

@@ -1,21 +1,16 @@
-"""A run so small that it can be killed a hundred times, or last ten thousand steps: its settings, data and process.
+"""A run so small that it can be killed a hundred times, or last ten thousand steps: its settings, data and process."""
 
-Processes are forked from a server that has imported torch, so that one costs a third of a second and not four.
-"""
-
-import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gpt2fast import checkpoint, data, train
 from gpt2fast.errors import run_main
-from tests.tools.accounts import program_starts
+from tests.tools import programs
+from tests.tools.programs import Program
 
 FLAGS = (
     "nano", "--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "16",
@@ -35,23 +30,12 @@ def write_data(folder: Path, tokens: int = 3000) -> None:
         data.write_shard(folder / "data" / f"{name}.bin", pairs)
 
 
-def start(folder: Path, *flags: str, do: Callable[[Sequence[str]], int] = train.main) -> BaseProcess:
+def start(folder: Path, *flags: str, do: Callable[[Sequence[str]], int] = train.main) -> Program | subprocess.Popen:
     """`python -m gpt2fast.train *flags` in `folder`, with one thread; what it says goes to the file `log` there."""
-    context = get_context("forkserver")
-    # the last two are otherwise imported by each process: by its command line, and by --deterministic, in two seconds
-    context.set_forkserver_preload(["gpt2fast.train", "tyro", "torch._inductor.config"])
-    process = context.Process(target=_run, args=(folder, do, flags), daemon=True)  # ends when we do
-    program_starts()
-    process.start()
-    return process
+    return programs.call(run_main_of, do, flags, cwd=folder, log=folder / "log", env={"OMP_NUM_THREADS": "1"})
 
 
-def _run(folder: Path, do: Callable[[Sequence[str]], int], flags: Sequence[str]) -> None:
-    os.chdir(folder)
-    with open("log", "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    torch.set_num_threads(1)
+def run_main_of(do: Callable[[Sequence[str]], int], flags: Sequence[str]) -> None:
     sys.argv[1:] = flags
     run_main(do)
 

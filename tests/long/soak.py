@@ -15,10 +15,10 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from benchmarks import harness
 from gpt2fast import machine, run, train
 from gpt2fast.errors import UserError, run_main
 from tests.long import small
+from tests.tools.programs import Program
 
 PROC = Path("/proc")
 MODELS = {"small": small.FLAGS, "nano": (
@@ -51,12 +52,12 @@ def sample(pid: int, start: float) -> dict:
     }
 
 
-def watch(process: BaseProcess, metrics: Path, every: int, total: int) -> list[dict]:
+def watch(process: Program | subprocess.Popen, metrics: Path, every: int, total: int) -> list[dict]:
     """A sample after each `every` steps until the process ends; `step` is the last whose row was there."""
     start, samples, last, read = time.monotonic(), [], 0, 0
     bar = tqdm(total=total, unit=" steps", mininterval=0.5)
-    while process.is_alive():
-        process.join(0.01)
+    while process.poll() is None:
+        time.sleep(0.01)
         if not metrics.exists():
             continue
         with metrics.open() as file:
@@ -66,13 +67,13 @@ def watch(process: BaseProcess, metrics: Path, every: int, total: int) -> list[d
         steps = [json.loads(line)["step"] for line in lines]
         if steps and steps[-1] // every > last // every:
             try:
-                samples.append({"step": steps[-1]} | sample(process.pid or 0, start))
+                samples.append({"step": steps[-1]} | sample(process.pid, start))
             except (OSError, ValueError, IndexError):  # it has just ended
                 break
         bar.update((steps[-1] if steps else last) - last)
         last = steps[-1] if steps else last
     bar.close()
-    process.join()
+    process.wait()
     return samples
 
 
@@ -141,8 +142,8 @@ def soak(
     process = small.start(folder, *MODELS[model], *map(str, flags), do=do)
     out = folder / "out" / "soak"
     samples = watch(process, out / "metrics.jsonl", max(1, every // 4), steps)
-    if process.exitcode:
-        raise UserError(f"the run ended with {process.exitcode}: {small.said(folder)}")
+    if process.returncode:
+        raise UserError(f"the run ended with {process.returncode}: {small.said(folder)}")
     kept = [path.name for path in (out / "checkpoints").iterdir()]
     found = judge(samples, run.read_metrics(out / "metrics.jsonl"), steps, limit)
     if len(kept) != 2:

@@ -15,7 +15,8 @@ from gpt2fast import checkpoint
 from gpt2fast import train as program
 from gpt2fast.run import read_metrics
 from tests.tools import ranks, tiny
-from tests.tools.checkout import CHECKOUT, CUDA
+from tests.tools.checkout import CHECKOUT
+from tests.tools.gpu import CUDA
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")
 pytestmark = [pytest.mark.long, pytest.mark.skipif(CUDA, reason="gloo on CPUs")]

@@ -19,7 +19,8 @@ from gpt2fast.distributed import World, joined
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.files import write_atomic
 from tests.tools import ranks, tiny
-from tests.tools.checkout import CHECKOUT, CUDA
+from tests.tools.checkout import CHECKOUT
+from tests.tools.gpu import CUDA
 from tests.tools.programs import HANG
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")
@@ -213,7 +214,7 @@ def wait_for_step(folder, run, step, started):
     path, (first, *_) = folder / "out" / run / "metrics.jsonl", started
     start = time.monotonic()
     while not (path.exists() and f'"step": {step},' in path.read_text()):
-        assert first.process.is_alive(), first.text
+        assert first.process.poll() is None, first.text
         assert time.monotonic() < start + HANG, f"step {step} was not reached"
         time.sleep(0.02)
 
@@ -223,7 +224,7 @@ def test_a_rank_that_is_killed_ends_all_and_is_named(folder, victim):
     run = f"killed{victim}"
     started = ranks.start(program.main, 3, folder, [*LONG, "--run", run], name=run)
     wait_for_step(folder, run, 3, started)
-    started[victim].process.kill()
+    started[victim].kill()
     codes = [rank.end() for rank in started]
     assert codes[victim] == -signal.SIGKILL
     assert [code for i, code in enumerate(codes) if i != victim] == [1, 1]
@@ -260,8 +261,8 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(folder, number):
     run = f"signal{int(number)}"
     started = ranks.start(program.main, 2, folder, [*LONG, "--run", run], name=run)
     wait_for_step(folder, run, 3, started)
-    os.kill(started[1].process.pid, number)
-    os.kill(started[1].process.pid, number)  # once from the terminal, once from torchrun
+    started[1].process.send_signal(number)
+    started[1].process.send_signal(number)  # once from the terminal, once from torchrun
     assert [rank.end() for rank in started] == [128 + number] * 2, started[0].text + started[1].text
     assert checkpoint.read_state(newest(folder, run))["step"] == rows(folder, run)[-1]["step"]
 

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
-MARK = "GPT2FAST_TESTS"
+MARK = "GPT2FAST_TESTS"  # /mark/mark/...: the outermost process's first
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "tests.program"}
-PROC = Path("/proc/self/environ")
 started = 0  # processes, by this one
 of_workers: list[int] = []
-begun = 0.0
-peak = Path(os.devnull)
+begun = time.monotonic()
+peak: Path | None = None  # where `watch` writes the most memory that was taken
 
 
 def program_starts() -> None:
@@ -34,30 +33,45 @@ def _count(event: str, _: tuple) -> None:
     started += event in STARTS
 
 
+def mark(measured: Path | None = None) -> subprocess.Popen | None:
+    """From now on what this process starts is killed when it ends; its `watch`, where there is /proc."""
+    own = uuid.uuid4().hex
+    os.environ[MARK] = f"{os.environ.get(MARK, '')}/{own}"
+    if not Path("/proc/self/environ").exists():
+        return None
+    command = [sys.executable, "-ISS", Path(__file__).with_name("watch.py"), str(os.getpid()), own, measured or ""]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def outermost() -> str:
+    """The mark of the process that began it all: of this one, if nobody has begun."""
+    if MARK not in os.environ:
+        mark()
+    return os.environ[MARK].split("/")[1]
+
+
+def of_outermost() -> dict[str, str]:
+    """The environment of what may outlive this process, but not the outermost."""
+    return {MARK: f"/{outermost()}"}
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    global begun, peak
-    begun = time.monotonic()
+    global peak
     sys.addaudithook(_count)
-    if not PROC.exists():
-        return
-    mark = uuid.uuid4().hex
-    os.environ[MARK] = f"{os.environ.get(MARK, '')}/{mark}"
-    is_worker = hasattr(config, "workerinput")
-    peak = Path(os.devnull) if is_worker else Path(tempfile.mkstemp(prefix="gpt2fast-tests-")[1])
-    file = Path(__file__).with_name("watch.py")
-    command = [sys.executable, "-ISS", file, str(os.getpid()), mark, "" if is_worker else str(peak)]
-    watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    if not hasattr(config, "workerinput"):
+        peak = Path(tempfile.mkstemp(prefix="gpt2fast-tests-")[1])
+    watch = mark(peak)
 
     def end() -> None:
-        watch.stdin.close()
-        watch.wait()
-        if not is_worker:
+        if watch and watch.stdin:
+            watch.stdin.close()
+            watch.wait()
+        if peak:
             peak.unlink()
 
     config.add_cleanup(end)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["started"] = started
@@ -70,9 +84,8 @@ def pytest_testnodedown(node, error) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """The ten slowest tests are pytest's own to tell, by --durations."""
-    bytes_ = int(peak.read_text() or 0) if peak.is_file() else 0
     terminalreporter.section("what it took")
     terminalreporter.write_line(
-        f"{(time.monotonic() - begun) / 60:.1f} minutes, "
-        f"{bytes_ / 1e9:.1f} GB of memory at the peak, {started + sum(of_workers)} processes started"
+        f"{(time.monotonic() - begun) / 60:.1f} minutes, {int(peak.read_text() or 0) / 1e9:.1f} GB of memory at the "
+        f"peak, {started + sum(of_workers)} processes started"
     )

@@ -5,10 +5,10 @@ What it is not is a new interpreter: where imports, PYTHONPATH or the environmen
 the fixture fresh_python. Where there is no Linux, all are new interpreters.
 """
 
-import atexit
-import functools
+import base64
 import json
 import os
+import pickle
 import select
 import socket
 import subprocess
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.tools.accounts import program_starts
+from tests.tools import accounts
 from tests.tools.checkout import CHECKOUT, THREADS
 
 FORKS = hasattr(os, "pidfd_open")
@@ -27,6 +27,12 @@ LIBRARIES = [
     "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro",
 ]  # fmt: skip
 HANG = 900.0  # seconds that nothing here takes, on no machine: only what hangs
+CALL = """
+import base64, pickle, sys
+module, name, args = pickle.loads(base64.b64decode(sys.argv[1]))
+__import__(module)
+sys.exit(getattr(sys.modules[module], name)(*args))
+"""
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -39,52 +45,69 @@ class Program:
     """`python *argv`, its output in these files. Losing this object's process kills it."""
 
     def __init__(self, argv: list[str], cwd: Path, env: Mapping[str, str], stdout: int, stderr: int):
-        program_starts()
-        self._here, there = socket.socketpair()
-        with open(os.devnull) as nothing, there:
-            fds = [there.fileno(), nothing.fileno(), stdout, stderr]
-            socket.send_fds(server(env.get("TRITON_INTERPRET") == "1"), [b"p"], fds)
+        accounts.program_starts()
+        self._server = connected(interpreted=env.get("TRITON_INTERPRET") == "1")
         request = {"argv": argv, "cwd": os.fspath(cwd), "env": dict(env)}
-        self._here.sendall(json.dumps(request).encode() + b"\n")
-        self._answers = self._here.makefile("r")
+        with open(os.devnull) as nothing:
+            socket.send_fds(self._server, [b"p"], [nothing.fileno(), stdout, stderr])
+            self._server.sendall(json.dumps(request).encode() + b"\n")
+        self._answers = self._server.makefile("r")
         self.pid = int(self._answers.readline())
         self.returncode: int | None = None
 
     def wait(self, timeout: float = HANG) -> int:
         """The exit code; -N if signal N ended it. subprocess.TimeoutExpired after `timeout` seconds."""
         if self.returncode is None:
-            if not select.select([self._here], [], [], timeout)[0]:
+            if not select.select([self._server], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             self.returncode = int(self._answers.readline())
+            self._answers.close()
+            self._server.close()
         return self.returncode
 
     def poll(self) -> int | None:
         """The exit code, or None as long as it runs."""
-        ended = self.returncode is not None or select.select([self._here], [], [], 0)[0]
+        ended = self.returncode is not None or select.select([self._server], [], [], 0)[0]
         return self.wait() if ended else None
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
 
-@functools.cache
-def server(interpreted: bool) -> socket.socket:
-    """The control socket of one, which lives as long as this process. `interpreted`: its Triton interprets kernels."""
-    here, there = socket.socketpair()
-    command = [sys.executable, Path(__file__).with_name("server.py"), *LIBRARIES]
-    # Triton asks when it is imported, which torch._dynamo does, and its own functions stay what they then become
-    env = environment({"PYTHONPATH": "", "TRITON_INTERPRET": "1" if interpreted else "0"})
-    with there:
-        process = subprocess.Popen(command, stdin=there, env=env, start_new_session=True)
-    atexit.register(process.wait)
-    atexit.register(here.close)  # done before the line above
-    return here
+def connected(interpreted: bool) -> socket.socket:
+    """To the server that all processes of this run of the tests share; the first who asks starts it."""
+    name = f"gpt2fast-tests-{accounts.outermost()}-{'interpreted' if interpreted else 'plain'}"
+    start, process = time.monotonic(), None
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(f"\0{name}")
+            return connection
+        except ConnectionRefusedError:  # it is not there, or still imports
+            connection.close()
+        if process is None:
+            command = [sys.executable, Path(__file__).with_name("server.py"), name, *LIBRARIES]
+            # Triton asks when it is imported, which torch._dynamo does, and what it has decorated stays as it is
+            env = environment({"PYTHONPATH": "", "TRITON_INTERPRET": "1" if interpreted else "0"})
+            env |= accounts.of_outermost()
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+        assert process.poll() in (None, 0), f"{command} ended with {process.poll()}"
+        assert time.monotonic() < start + HANG
+        time.sleep(0.02)
 
 
 def start(*argv: object, cwd: Path, log: Path, env: Mapping[str, str] | None = None) -> Program | subprocess.Popen:
     """`python *argv`; what it prints goes to the end of `log`."""
     with log.open("ab") as file:
         return _start(list(map(str, argv)), cwd, environment(env), file.fileno(), file.fileno())
+
+
+def call(
+    function: Callable[..., int | None], *args: object, cwd: Path, log: Path, env: Mapping[str, str] | None = None
+) -> Program | subprocess.Popen:
+    """function(*args) as a program, its exit code what that returns. The function must be one of a module."""
+    what = pickle.dumps((function.__module__, function.__qualname__, args))
+    return start("-c", CALL, base64.b64encode(what).decode(), cwd=cwd, log=log, env=env)
 
 
 def _start(argv: list[str], cwd: Path, env: Mapping[str, str], stdout: int, stderr: int) -> Program | subprocess.Popen:

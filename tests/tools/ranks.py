@@ -1,41 +1,34 @@
-"""Programs of ours in several processes that torchrun's environment joins, on one CPU thread each.
+"""Programs of ours in several processes that torchrun's environment joins, on one CPU thread each."""
 
-They are forked from one process that has imported everything already: a rank starts in a tenth of a second, not four.
-"""
-
-import multiprocessing
-import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+import signal
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from tests.tools.accounts import program_starts
-from tests.tools.programs import HANG
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([
-    "gpt2fast.train", "gpt2fast.evaluate", "tyro", "torch._dynamo", "torch.distributed.optim", "tests.tools.ranks",
-])  # fmt: skip
+from tests.tools import programs
+from tests.tools.programs import Program
 
 
 @dataclass
 class Rank:
     """A process, with all that it has printed once it has ended."""
 
-    process: multiprocessing.Process
+    process: Program | subprocess.Popen
     printed: Path
     store: TCPStore
 
-    def end(self, seconds: float = HANG) -> int:
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"still running after {seconds} s; it printed\n{self.text}")
-        return self.process.exitcode
+    def end(self) -> int:
+        try:
+            return self.process.wait(programs.HANG)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {programs.HANG} s; it printed\n{self.text}") from None
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
 
     @property
     def text(self) -> str:
@@ -45,21 +38,13 @@ class Rank:
 def start(work: Callable[..., int | None], size: int, folder: Path, *args, name: str = "rank") -> list[Rank]:
     """`size` processes that call work(*args) in `folder`, a main of ours for instance."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has it
+    world = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    world |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
     ranks = []
     for rank in range(size):
         printed = folder / f"{name}{rank}.txt"
-        world = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port,
-        }
-        world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        process = CONTEXT.Process(target=_run, args=(work, args, folder, printed, world))
-        program_starts()
-        process.start()
-        ranks.append(Rank(process, printed, store))
+        env = {key: str(value) for key, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        ranks.append(Rank(programs.call(_run, work, args, cwd=folder, log=printed, env=env), printed, store))
     return ranks
 
 
@@ -71,29 +56,19 @@ def run(work: Callable[..., int | None], size: int, folder: Path, *args, name: s
     return ranks
 
 
-def _run(work: Callable, args: Sequence, folder: Path, printed: Path, world: dict) -> None:
-    import torch
-
+def _run(work: Callable[..., int | None], args: tuple) -> int:
     from gpt2fast import train
-    from gpt2fast.errors import UserError
+    from gpt2fast.errors import RunError, UserError
 
-    os.chdir(folder)
-    os.environ |= {name: str(value) for name, value in world.items()}
-    with printed.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    torch.set_num_threads(1)
     train.draw = lambda s: None  # a picture takes longer than the run
     try:
-        code = work(*args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        traceback.print_exc()
-        code = 99
-    sys.stdout.flush()
-    os._exit(code or 0)
+        return work(*args) or 0
+    except (UserError, RunError) as error:
+        raise SystemExit(_said(error)) from None
+
+
+def _said(error) -> int:
+    import sys
+
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code

@@ -1,12 +1,12 @@
 """A Python that has imported torch and starts programs by forking: 0.1 s each, where a new Python takes 3 s.
 
 Run as a file by `programs`, never imported: what is imported here is there in every program, so it imports nothing of
-ours. Over the socket that is its standard input come four file descriptors for each program: a connection, and the
-three standard streams. Each program has a keeper, which sends its process id and its exit status over that connection,
-and kills it when the other end is closed: a test process that dies takes its programs with it.
+ours. Arguments: the name of the abstract socket on which it listens, and the libraries. Of two that are given one name
+the second ends at once. Over a connection come three file descriptors, a program's standard streams, and a line of JSON
+that describes it; back go its process id and its exit status. When the other end is closed, the program is killed: a
+test process that dies takes its programs with it.
 """
 
-import array
 import atexit
 import contextlib
 import gc
@@ -18,45 +18,39 @@ import socket
 import sys
 import threading
 
-CONTROL = socket.socket(fileno=os.dup(0))
 
-
-def serve() -> None:
-    """Until the other end is closed."""
-    while True:
-        message, fds = receive()
-        if not message:
-            os._exit(0)
-        while reap():
-            pass
-        if os.fork() == 0:
-            CONTROL.close()
-            connection, *streams = fds
-            if (request := keep(socket.socket(fileno=connection), streams)) is not None:
-                os._exit(end_of(request))
-            os._exit(0)
-        for fd in fds:
-            os.close(fd)
-
-
-def receive() -> tuple[bytes, list[int]]:
-    fds = array.array("i")
-    message, ancillary, *_ = CONTROL.recvmsg(1, socket.CMSG_SPACE(4 * fds.itemsize))
-    for _, _, data in ancillary:
-        fds.frombytes(data)
-    return message, list(fds)
-
-
-def reap() -> bool:
-    """Whether a keeper has ended since we looked last."""
+def serve(name: str) -> None:
+    """For ever: `watch` ends it."""
+    listener = socket.socket(socket.AF_UNIX)
     try:
-        return os.waitpid(-1, os.WNOHANG)[0] != 0
-    except ChildProcessError:
-        return False
+        listener.bind(f"\0{name}")
+    except OSError:  # another process was faster
+        os._exit(0)
+    prepare(sys.argv[2:])
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no keeper is waited for
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            request = keep(connection)
+            os._exit(0 if request is None else end_of(request))
+        connection.close()
 
 
-def keep(connection: socket.socket, streams: list[int]) -> dict | None:
+def prepare(libraries: list[str]) -> None:
+    for name in libraries:
+        with contextlib.suppress(ImportError):  # then the programs do without it too
+            __import__(name)
+    atexit._clear()  # what libraries do at the end of this process is not for its programs to do
+    gc.collect()
+    gc.freeze()  # or each program's collector would copy all pages of it
+
+
+def keep(connection: socket.socket) -> dict | None:
     """The request, in the program; nothing in its keeper, once the program has ended."""
+    _, streams, *_ = socket.recv_fds(connection, 1, 3)
     with connection.makefile("rb") as file:
         request = json.loads(file.readline())
     pid = os.fork()
@@ -113,8 +107,7 @@ def run(request: dict) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:0] = path
+    sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.stdin, sys.stdout, sys.stderr = (
         os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate(("r", "w", "w"))
@@ -134,16 +127,6 @@ def run(request: dict) -> None:
         runpy.run_path(what, run_name="__main__")
 
 
-def prepare(libraries: list[str]) -> None:
-    for name in libraries:
-        with contextlib.suppress(ImportError):  # then the programs do without it too
-            __import__(name)
-    atexit._clear()  # what libraries do at the end of this process is not for its programs to do
-    gc.collect()
-    gc.freeze()  # or each program's collector would copy all pages of it
-
-
 if __name__ == "__main__":
     del sys.path[0]  # this file's folder, whose names are those of modules of ours
-    prepare(sys.argv[1:])
-    serve()
+    serve(sys.argv[1])
