@@ -10,7 +10,7 @@ from gpt2fast import reference
 from gpt2fast.kernels import launch
 from gpt2fast.kernels.epilogue import linear_gelu_bwd, linear_gelu_fwd, mlp
 from tests.tools.accuracy import assert_kernel_is_as_accurate, outputs_and_gradients
-from tests.tools.inputs import DTYPES, LAYOUTS, normal
+from tests.tools.inputs import COMPILERS, DTYPES, LAYOUTS, normal
 
 pytestmark = pytest.mark.kernel
 
@@ -197,11 +197,11 @@ torch.testing.assert_close(db[-1, -128:], want.sum(0), rtol=1e-2, atol=1e-1)
     run_python("-c", code, env={"TRITON_INTERPRET": "1"}, check=True)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_as_one_graph(dynamic, device):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_as_one_graph(dynamic, backend, device):
     torch._dynamo.reset()
-    compiled = torch.compile(mlp, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=dynamic, backend=backend)
     for M in (7, 150) if dynamic else (7,):
         check(compiled, inputs(M, 48, 200, torch.float32, device))
         check(compiled, inputs(M, 48, 200, torch.bfloat16, device))

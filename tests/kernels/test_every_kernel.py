@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt2fast import kernels
 from gpt2fast.kernels import epilogue
 from gpt2fast.kernels.registration import NAMESPACE
-from tests.tools.inputs import normal
+from tests.tools.inputs import COMPILERS, normal
 
 pytestmark = pytest.mark.kernel
 
@@ -154,17 +154,17 @@ def test_fakes_promise_the_strides_and_dtypes_that_the_ops_return(name, device):
                 assert (p.shape, p.stride(), p.dtype, p.device) == (r.shape, r.stride(), r.dtype, r.device)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_as_one_graph(name, device):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_as_one_graph(name, backend, device):
     torch._dynamo.reset()
     call = public(device)[name]
-    assert_same(gradients(torch.compile(call.fn, fullgraph=True), call.inputs), gradients(*call))
+    assert_same(gradients(torch.compile(call.fn, fullgraph=True, backend=backend), call.inputs), gradients(*call))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["layer_norm", "attention", "linear_cross_entropy"])
-def test_compiled_for_any_shape(name, device):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_for_any_shape(name, backend, device):
     torch._dynamo.reset()
     n = partial(normal, device=device)
     fn, shapes = {
@@ -175,7 +175,7 @@ def test_compiled_for_any_shape(name, device):
             lambda T: [n(T, 16), n(64, 16)],
         ),
     }[name]
-    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=backend)
     for T in (20, 33):
         assert_same(gradients(compiled, shapes(T)), gradients(fn, shapes(T)))
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gpt2fast.kernels import registration
 from gpt2fast.kernels.registration import op
 from tests.tools.accuracy import assert_as_accurate
+from tests.tools.inputs import COMPILERS
 
 BLOCK = 64
 
@@ -103,10 +104,11 @@ def test_eager(x):
     check(silu, x)
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_as_one_graph(device, dynamic):
-    compiled = torch.compile(silu, fullgraph=True, dynamic=dynamic)
+def test_compiled_as_one_graph(device, dynamic, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(silu, fullgraph=True, dynamic=dynamic, backend=backend)
     for layout in ("contiguous", "permuted", "empty"):
         check(compiled, LAYOUTS[layout](device))
 

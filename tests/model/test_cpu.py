@@ -8,11 +8,12 @@ import torch
 from torch import library
 
 from gpt2fast import cpu, optim, reference
+from gpt2fast.device import autocast
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import Ops
 from gpt2fast.step import TrainingStep
 from tests.tools.accuracy import Results, assert_as_accurate, assert_kernel_is_as_accurate, outputs_and_gradients
-from tests.tools.inputs import normal
+from tests.tools.inputs import normal, randomise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IGNORE = reference.IGNORE
@@ -196,12 +197,34 @@ THEIRS = Ops(**{name: getattr(reference, name) for name in Ops.__dataclass_field
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300)  # 20 more words are padding
 
 
-def train(ops: Ops, precision: str, steps: int, compile: bool = False) -> torch.Tensor:
+def gradients(ops: Ops, precision: str, seed: int) -> dict[str, torch.Tensor]:
+    """Of a model with random weights everywhere, as after some training."""
+    model = GPT(CONFIG, ops)
+    randomise(model, 0.05, seed)
+    model = model.double() if precision == "fp64" else model
+    tokens = torch.randint(300, (2, 41), generator=torch.Generator().manual_seed(seed))
+    with autocast(torch.device("cpu"), "fp32" if precision == "fp64" else precision):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    return {name: g.to_dense() if g.is_sparse else g for (name, _), g in zip(model.named_parameters(), found)}
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_gradients_of_the_whole_model_err_as_the_references_do(precision):
+    """Over 16 models, that each parameter has many independent errors: so this holds on every CPU."""
+    kinds = {"truth": (THEIRS, "fp64"), "base": (THEIRS, precision), "got": (OURS, precision)}
+    found = {kind: [gradients(*what, seed) for seed in range(16)] for kind, what in kinds.items()}
+    for name in found["truth"][0]:
+        truth, base, got = (torch.stack([gradients[name] for gradients in found[kind]]) for kind in kinds)
+        assert_as_accurate(got, truth, base, name=name)
+
+
+def train(ops: Ops, precision: str, steps: int, compile: bool = False, seed: int = 1) -> torch.Tensor:
     """Losses of AdamW from the same weights on the same batches of 3."""
     model = GPT(CONFIG, ops)
     if precision == "fp64":
         model = model.double()
-    tokens = torch.randint(300, (3, 2, 41), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(300, (3, 2, 41), generator=torch.Generator().manual_seed(seed))
     step = TrainingStep(
         model, optim.adamw(model, 0.1), precision="fp32" if precision == "fp64" else precision, compile=compile
     )
@@ -209,17 +232,22 @@ def train(ops: Ops, precision: str, steps: int, compile: bool = False) -> torch.
     return torch.stack([step(batches, 1e-3)[0].detach() for _ in range(steps)])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_200_steps_lose_as_the_references_do_within_the_rounding(precision):
-    truth = train(THEIRS, "fp64", 200).double()
-    base, got = train(THEIRS, precision, 200), train(OURS, precision, 200)
-    assert truth[-1] < 0.5 * truth[0]
-    assert_as_accurate(got, truth, base, name="losses")
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(("steps", "runs"), [(40, 4), pytest.param(200, 8, marks=pytest.mark.long)])
+def test_many_steps_lose_as_the_references_do_within_the_rounding(precision, steps, runs):
+    """The errors of a run are one draw and not as many as it has steps, for each grows out of those before it: two runs
+    of the reference whose sums are in another order differ as much. So honest errors are those of several runs."""
+    nearby = [
+        (train(THEIRS, "fp64", steps, seed=seed).double(), train(THEIRS, precision, steps, seed=seed))
+        for seed in range(1, 1 + runs)
+    ]
+    truth, base = nearby[0]
+    assert truth[-1] < (0.5 if steps == 200 else 0.9) * truth[0]
+    assert_as_accurate(train(OURS, precision, steps), truth, base, name="losses", nearby=nearby)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", DTYPES)
 def test_compiled_blocks_give_the_same_losses_and_leave_the_model_uncompiled(precision):
     eager, compiled = train(OURS, precision, 5), train(OURS, precision, 5, compile=True)
     torch.testing.assert_close(compiled, eager, rtol=2e-6 if precision == "fp32" else 1e-3, atol=0)

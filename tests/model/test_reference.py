@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpt2fast import cpu, ops, reference
 from gpt2fast.model import GPT, GPTConfig
+from tests.tools.inputs import COMPILERS
 
 OPS = ops.build(ops.OpsConfig())
 EPS = 1e-5
@@ -207,9 +208,10 @@ def test_padded_rows_have_probability_and_gradient_zero(autocast):
     torch.testing.assert_close(dx, dx_plain)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_a_model_of_these_ops_compiles_as_one_graph(autocast, device):
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_a_model_of_these_ops_compiles_as_one_graph(autocast, backend, device):
+    torch._dynamo.reset()
     config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=70)
     model = GPT(config, ops.build(ops.OpsConfig(), device.type)).to(device)
     idx = torch.randint(70, (2, 17), generator=torch.Generator().manual_seed(0)).to(device)
@@ -219,7 +221,7 @@ def test_a_model_of_these_ops_compiles_as_one_graph(autocast, device):
             loss = forward(idx[:, :-1], idx[:, 1:])
         return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
-    got = loss_and_gradients(torch.compile(model, fullgraph=True))
+    got = loss_and_gradients(torch.compile(model, fullgraph=True, backend=backend))
     # fused bf16 chains round less often
     tolerance = {"rtol": 2e-2, "atol": 2e-3} if autocast else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(got, loss_and_gradients(model), **tolerance)

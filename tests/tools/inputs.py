@@ -1,9 +1,13 @@
 """What kernels and models are fed: dtypes, values beyond unit normals, layouts beyond contiguous. Seeded by shape."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# torch.compile's backends: one that traces and differentiates as the other does, and makes no code of it
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
 
 VALUES = {
     "normal": lambda x: x,
