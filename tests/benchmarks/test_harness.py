@@ -1,6 +1,7 @@
 """Measurements: rows are whole, whatever crashes or hangs; what needs a GPU runs small on a CPU here."""
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks import harness
+from tests.tools.clock import Clock
+from tests.tools.programs import HANG, until
 
 CPU = torch.device("cpu")
 
@@ -16,13 +19,14 @@ def test_spread():
     assert harness.spread([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]) == {"median": 6, "p20": 3.0, "p80": 9.0}
 
 
-def test_time_calls_keeps_to_its_seconds_but_makes_three_calls():
-    calls = []
-    times = harness.time_calls(lambda: calls.append(time.sleep(0.02)), CPU, n=1000, max_seconds=0.2)
-    assert 3 <= len(times) <= 10
+def test_time_calls_keeps_to_its_seconds_but_makes_three_calls(monkeypatch):
+    clock, calls = Clock(), []
+    monkeypatch.setattr(harness, "time", clock)
+    times = harness.time_calls(lambda: calls.append(clock.sleep(0.02)), CPU, n=1000, max_seconds=0.2)
+    assert len(times) == 9
     assert len(calls) == len(times) + 1  # the first is for the estimate
-    assert all(0.02 <= t < 0.2 for t in times)
-    assert len(harness.time_calls(lambda: time.sleep(0.02), CPU, n=1000, max_seconds=0.0)) == 3
+    assert times == pytest.approx([0.02] * 9, abs=1e-5)
+    assert len(harness.time_calls(lambda: clock.sleep(0.02), CPU, n=1000, max_seconds=0.0)) == 3
 
 
 def test_rows_are_appended(tmp_path):
@@ -53,28 +57,36 @@ def program(tmp_path, monkeypatch):
 
 def test_a_crash_is_a_row_with_the_end_of_its_output(program, tmp_path):
     module = program("import sys\nprint('before'); sys.exit('the reason')")
-    row = harness.run_apart(module, limit=60, log=tmp_path / "log")
+    row = harness.run_apart(module, limit=HANG, log=tmp_path / "log")
     assert row["status"] == "failed"
     assert "before" in row["tail"]
     assert "the reason" in row["tail"]
 
 
-def test_a_hang_is_killed_with_its_children(program, tmp_path):
+def test_a_hang_is_killed_with_its_children(program, tmp_path, monkeypatch):
     code = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "open(sys.argv[1], 'w').write(str(child.pid)); print('hanging', flush=True); time.sleep(600)\n"
     )
-    start = time.monotonic()
-    row = harness.run_apart(program(code), tmp_path / "pid", limit=2, log=tmp_path / "log")
-    assert time.monotonic() - start < 20
+    log, real = tmp_path / "log", subprocess.Popen.wait
+
+    def wait(process, timeout=None):
+        """As if the limit were reached when it hangs."""
+        if timeout is None:
+            return real(process)
+        until(lambda: log.exists() and log.read_text() == "hanging\n", process, log)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    row = harness.run_apart(program(code), tmp_path / "pid", limit=2, log=log)
     assert (row["status"], row["tail"]) == ("timeout", "hanging\n")
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
-def alive(pid, patience=5.0):
+def alive(pid):
     """Whether a process still runs; an orphan that was killed may be a zombie until it is reaped."""
-    end = time.monotonic() + patience
+    end = time.monotonic() + HANG
     while time.monotonic() < end:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

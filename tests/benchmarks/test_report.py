@@ -1,70 +1,10 @@
 """README and plots say what the raw rows say: these rows, the newest, all of them, and what is missing."""
 
-import json
-import shutil
-
 import pytest
 
 from benchmarks import harness, plots, report, rows
 from gpt2fast.errors import UserError
-
-MACHINE = {
-    "cpu": "Some(R) Processor", "threads": 2, "gpu": None, "torch": "2.15.0", "triton": None, "commit": "a" * 40,
-    "dirty": False, "date": "2026-11-21T08:00:00+00:00",
-}  # fmt: skip
-H200 = MACHINE | {"gpu": "NVIDIA H200", "triton": "3.6.0"}
-
-
-def spread(x: float) -> dict:
-    return {"median": x, "p20": 0.9 * x, "p80": 1.1 * x}
-
-
-def peer(name: str, speed: float, repetition: int = 0, machine=MACHINE, **changes) -> dict:
-    row = {
-        "suite": "peers", "name": name, "ours": name.startswith("torch"), "repetition": repetition, "status": "ok",
-        "tokens_per_s": spread(speed), "ms": spread(1e6 / speed), "peak_memory": 2 * 10**9, "mfu": None, "agrees": True,
-        "config": {"size": "nano", "B": 8, "T": 128, "precision": "bf16", "device": "cpu"}, "machine": machine,
-    }  # fmt: skip
-    return row | changes
-
-
-def kernel(provider: str, ms: float, direction: str = "both", **changes) -> dict:
-    row = {
-        "suite": "kernels", "op": "gelu", "size": "gpt2", "shape": {"M": 65536, "N": 3072}, "dtype": "bf16",
-        "provider": provider, "direction": direction, "status": "ok", "ms": spread(ms), "gb_per_s": 1000 / ms,
-        "share": 1 / (4 * ms), "ceilings": {"gb_per_s": 4000.0, "tflops": 700.0}, "machine": H200,
-    }  # fmt: skip
-    return row | changes
-
-
-def profile(backend: str) -> dict:
-    return {
-        "suite": "gpu", "stage": "profile", "backend": backend, "size": "gpt2", "B": 64, "T": 1024, "compile": True,
-        "wall_ms": 130.0, "device_ms": 125.0, "groups": {"matmul": 80.0, "attention": 30.0, "copy": 15.0},
-        "machine": H200,
-    }  # fmt: skip
-
-
-def tables(results) -> dict[str, str]:
-    """Of these rows, and of the repository's kernels compiled ahead of time."""
-    copy_whole(results)
-    return report.tables(results)
-
-
-def copy_whole(results) -> None:
-    """The file that is not measured again a part at a time."""
-    shutil.copy(harness.RESULTS / "aot.jsonl", results)
-
-
-def write(results, folder: str, name: str, *found: dict) -> None:
-    for row in found:
-        harness.append_row(results / folder / name, row)
-
-
-def cells(table: str) -> dict[str, list[str]]:
-    """First cell -> the others."""
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
-    return {line[0].strip("*` "): [cell.strip() for cell in line[1:]] for line in lines}
+from tests.tools.rows import H200, MACHINE, cells, copy_whole, kernel, peer, profile, tables, write
 
 
 def test_the_repositorys_readme_and_plots_are_what_its_rows_say():
@@ -103,17 +43,6 @@ def test_what_the_reproduction_takes_follows_from_our_fastest_step(tmp_path):
 def test_losses_that_differ_are_said_beside_the_speed(tmp_path):
     write(tmp_path, "cpu", "2026-11-21_aaaaaaa_peers.jsonl", peer("torch eager", 10, agrees=False))
     assert "losses differ" in tables(tmp_path)["peers"]
-
-
-def test_the_newest_file_of_a_configuration_counts(tmp_path):
-    write(tmp_path, "cpu", "2026-11-20_bbbbbbb_peers.jsonl", peer("textbook eager", 111))
-    write(tmp_path, "cpu", "2026-11-21_aaaaaaa_peers.jsonl", peer("textbook eager", 222))
-    other = {"size": "gpt2", "B": 4, "T": 256, "precision": "bf16", "device": "cpu"}
-    write(tmp_path, "cpu", "2026-11-19_ccccccc_peers.jsonl", peer("textbook eager", 333, config=other))
-    table = tables(tmp_path)["peers"]
-    assert "111" not in table
-    assert "222" in table
-    assert "333" in table
 
 
 def test_kernels_are_ours_beside_the_best_opponent(tmp_path):
@@ -180,24 +109,6 @@ def test_a_readme_without_a_place_is_refused(checkout):
     (checkout / "README.md").write_text("nothing")
     with pytest.raises(UserError, match="put the markers back"):
         report.update(checkout, check=True)
-
-
-@pytest.mark.parametrize("name", plots.PLOTS)
-def test_unmeasured_is_drawn_as_unmeasured(name, tmp_path):
-    plot = plots.PLOTS[name]
-    figure = plot.draw(plot.data(tmp_path))
-    words = [text.get_text() for axes in figure.axes for text in axes.texts] + [
-        text.get_text() for text in figure.texts
-    ]
-    assert any("ot measured" in text for text in words), words
-
-
-def test_a_row_that_was_cut_off_is_named(tmp_path):
-    write(tmp_path, "cpu", "2026-11-21_aaaaaaa_peers.jsonl", peer("textbook eager", 1))
-    path = tmp_path / "cpu" / "2026-11-21_aaaaaaa_peers.jsonl"
-    path.write_text(path.read_text() + json.dumps(peer("torch eager", 2))[:30])
-    with pytest.raises(UserError, match="line 2"):
-        tables(tmp_path)
 
 
 def test_a_kernel_that_some_architectures_do_without_has_its_figures_below_the_others():

@@ -132,25 +132,6 @@ def test_each_op_runs_with_another_setting(title, clock, cases, monkeypatch):
     assert not clock
 
 
-def test_every_tunable_names_something_of_launch_and_a_case(cases):
-    for title, kernel in settings.tunables().items():
-        assert hasattr(launch, kernel.name), title
-        assert kernel.op in cases
-        assert len(set(map(repr, kernel.values))) == len(kernel.values) > 1
-
-
-def test_only_the_call_that_is_meant_is_replaced():
-    kernel = Kernel("layer_norm_rows", "add_layer_norm", "backward", [], {"backward": True})
-    seen: list = []
-    function = tune.replaced(kernel, "other", seen)
-    assert function(768, backward=False) == launch.layer_norm_rows(768, False)
-    assert function(768, True) == "other"
-    assert seen == [launch.layer_norm_rows(768, True)]
-    persistent = Kernel("persistent", "add_layer_norm", "backward", [], {"per_processor": 4})
-    function = tune.replaced(persistent, PerProcessor(3), seen)
-    assert (function(100, CPU), function(100, CPU, 2), seen[-1]) == (6, 4, PerProcessor(4))
-
-
 def test_processes_that_compile_are_started_anew_after_a_crash(monkeypatch, tmp_path, options):
     """The first dies at the second setting, the next finds one that does not compile and dies of its limit."""
     shares = []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gpt2fast import checkpoint, containers, data, hellaswag, openai, records
-from tests.long import fuzz
+from tests.tools import bounded
 from tests.tools.damage import Target
 from tests.tools.hostile import refused
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="m
     ],
 )
 def test_no_pipe_is_waited_for_and_no_device_read(tmp_path, files, read):
-    assert fuzz.run_case(Target(dict, read), files, tmp_path)[0] == "refused"
+    assert bounded.run_case(Target(dict, read), files, tmp_path)[0] == "refused"
 
 
 def test_json_is_read_within_bounds(tmp_path):

@@ -175,10 +175,6 @@ def test_ops_alone_chooses_kernels_and_inside_a_function():
     assert places == ["_implementation"]
 
 
-def test_kernels_is_no_package_of_that_name():
-    assert not (CHECKOUT / "kernels" / "__init__.py").exists()
-
-
 def test_importing_a_program_imports_nothing_heavy(fresh_python):
     """Each in a fork of one new interpreter, which has imported what all of them need."""
     code = f"""

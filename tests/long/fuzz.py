@@ -10,17 +10,13 @@ import argparse
 import faulthandler
 import json
 import os
-import resource
-import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from random import Random
 
 import torch
 
@@ -28,96 +24,10 @@ from benchmarks import harness
 from gpt2fast import machine
 from gpt2fast.errors import UserError
 from tests.tools import damage
-from tests.tools.damage import Target
+from tests.tools.bounded import WAIT, clear, run, run_case
 from tests.tools.targets import TARGETS
 
-BOUND = 2**28
-TIMES = 8  # a file's size: its bytes, its numbers in fp32, and a copy
-SECONDS = 4
 AT_ONCE = 200  # cases a process
-
-
-def run(target: Target, seed: int, work: Path) -> tuple[str, str]:
-    """("read" or "refused", why), or ("finding", what was wrong). `work` is an empty folder, and is so again."""
-    files = target.case(Random(seed))
-    return run_case(target, files, work)
-
-
-def run_case(target: Target, files: damage.Files, work: Path) -> tuple[str, str]:
-    size = sum(len(content) for content in files.values() if isinstance(content, bytes))
-    case, here = work / "case", os.getcwd()
-    damage.write(files, case)
-    before = listing(case)
-    os.chdir(work)
-    try:
-        with limits(BOUND + TIMES * size):
-            outcome = call(target, case)
-        written = listing(case) != before and not target.writes
-        others = [path.name for path in work.iterdir() if path != case]
-        if written or others:
-            outcome = "finding", f"wrote {', '.join(others) or 'into the folder'}"
-        return outcome
-    finally:
-        os.chdir(here)
-        clear(work)
-
-
-def call(target: Target, case: Path) -> tuple[str, str]:
-    try:
-        target.call(case)
-        return "read", ""
-    except UserError as error:
-        if why := starved(error):
-            return "finding", f"memory: {why}, then {error}"
-        return "refused", str(error)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        frame = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "gpt2fast" in f.filename), None)
-        place = f"{Path(frame.filename).name}:{frame.name}" if frame else ""
-        return "finding", f"{type(error).__name__} in {place}: {' '.join(str(error).split())[:150]}"
-
-
-def starved(error: BaseException | None) -> str:
-    """What our error hides, if that is a lack of memory or of time."""
-    while error := error.__context__:
-        text = str(error)
-        if isinstance(error, MemoryError | TimeoutError) or "allocate" in text or "bad_alloc" in text:
-            return f"{type(error).__name__} {text[:100]}"
-    return ""
-
-
-@contextmanager
-def limits(size: int):
-    """Address space for so many more bytes, and `SECONDS`."""
-
-    def late(*_):
-        raise TimeoutError(f"more than {SECONDS} seconds")
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, late)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, hard))
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def listing(folder: Path) -> set[tuple]:
-    return {(path.name, (stat := path.lstat()).st_size, stat.st_mtime_ns) for path in folder.iterdir()}
-
-
-def clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            clear(path)
-            path.rmdir()
-        else:
-            path.unlink()
 
 
 def apart(name: str, seeds: range) -> tuple[Counter, dict[str, int], int]:
@@ -128,7 +38,7 @@ def apart(name: str, seeds: range) -> tuple[Counter, dict[str, int], int]:
         os.close(reader)
         with os.fdopen(writer, "w", buffering=1) as out, tempfile.TemporaryDirectory(dir=shm()) as work:
             for seed in seeds:
-                faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # also where Python's alarm is not heard
+                faulthandler.dump_traceback_later(2 * WAIT, exit=True)  # also where Python's alarm is not heard
                 out.write(json.dumps([seed, "begun", ""]) + "\n")
                 out.write(json.dumps([seed, *run(TARGETS[name], seed, Path(work))]) + "\n")
         os._exit(0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpt2fast.errors import UserError
 from tests.long import fuzz
-from tests.tools import targets
+from tests.tools import bounded, targets
 from tests.tools.damage import Target
 from tests.tools.targets import TARGETS
 
@@ -40,7 +40,7 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
     @given(st.integers(0, 2**32 - 1))
     def each(seed):
         with warnings.catch_warnings(action="ignore"):  # torch's, of odd pickles
-            outcome, why = fuzz.run(TARGETS[name], seed, tmp_path)
+            outcome, why = bounded.run(TARGETS[name], seed, tmp_path)
         assert outcome != "finding", f"python -m tests.long.fuzz --only {name!r} --seed {seed}: {why}"
 
     each()
@@ -67,8 +67,8 @@ def endless() -> None:
     ],
 )
 def test_the_fuzzer_sees_what_must_not_be(tmp_path, monkeypatch, call, why):
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
-    outcome, found = fuzz.run_case(Target(dict, call), {"a": b"1"}, tmp_path)
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    outcome, found = bounded.run_case(Target(dict, call), {"a": b"1"}, tmp_path)
     assert outcome == "finding"
     assert why in found
 
@@ -80,4 +80,4 @@ def test_the_fuzzer_sees_a_lack_of_memory_behind_our_own_error(tmp_path):
         except Exception as error:
             raise UserError(f"damaged: {error}") from None
 
-    assert fuzz.run_case(Target(dict, call), {"a": b"1"}, tmp_path)[0] == "finding"
+    assert bounded.run_case(Target(dict, call), {"a": b"1"}, tmp_path)[0] == "finding"

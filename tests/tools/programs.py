@@ -96,9 +96,11 @@ def connected(interpreted: bool) -> socket.socket:
         time.sleep(0.02)
 
 
-def start(*argv: object, cwd: Path, log: Path, env: Mapping[str, str] | None = None) -> Program | subprocess.Popen:
-    """`python *argv`; what it prints goes to the end of `log`."""
-    with log.open("ab") as file:
+def start(
+    *argv: object, cwd: Path, log: Path | int, env: Mapping[str, str] | None = None
+) -> Program | subprocess.Popen:
+    """`python *argv`; what it prints goes to the end of `log`, a path or a file descriptor."""
+    with open(log, "ab", closefd=isinstance(log, Path)) as file:
         return _start(list(map(str, argv)), cwd, environment(env), file.fileno(), file.fileno())
 
 

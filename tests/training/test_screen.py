@@ -2,8 +2,6 @@
 
 import os
 import pty
-import subprocess
-import sys
 import termios
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from gpt2fast import screen
 from gpt2fast.session import prepare
 from gpt2fast.train import train
-from tests.tools import tiny
+from tests.tools import programs, tiny
 
 ROW = {"step": 3, "loss": 9.87654, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 123456.7, "mfu": None}
 
@@ -38,7 +36,7 @@ def test_plain_lines_when_the_output_is_no_terminal(capsys):
     ]
 
 
-def test_one_live_line_in_a_terminal():
+def test_one_live_line_in_a_terminal(tmp_path):
     code = f"""
 from gpt2fast.screen import Screen
 with Screen(10, 0) as s:
@@ -48,8 +46,7 @@ with Screen(10, 0) as s:
 """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 140))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
-    subprocess.run([sys.executable, "-c", code], stdout=theirs, env=environment, check=True, timeout=120)
+    assert programs.start("-c", code, cwd=tmp_path, log=theirs, env={"TERM": "xterm"}).wait() == 0
     os.close(theirs)
     output = os.read(ours, 65536).decode()
     os.close(ours)

@@ -1,0 +1,43 @@
+"""The house of the tests: a file for each module, helpers imported from tests.tools, no test that imports a test."""
+
+import ast
+
+import pytest
+
+from tests.tools.checkout import CHECKOUT
+from tests.tools.rooms import FILES, ROOM_OF, tests_of
+
+TESTS = CHECKOUT / "tests"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_each_module_has_a_file_of_tests(module):
+    assert (TESTS / tests_of(module)).is_file()
+
+
+def test_each_module_of_gpt2fast_has_one_room():
+    assert set(ROOM_OF) == {path.stem for path in (CHECKOUT / "gpt2fast").glob("*.py")} - {"__init__"}
+
+
+def imported(path) -> set[str]:
+    """What a file imports of tests/, as folder.module.name, also inside functions."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    modules = {(node.module, a.name) for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names}
+    # "from tests.tools import tiny" names a module, "from tests.tools.tiny import config" something in one
+    names = {module if module.count(".") > 1 else f"{module}.{name}" for module, name in modules if module}
+    return {name for name in names if name.startswith("tests.")}
+
+
+def test_no_test_imports_a_test():
+    found = {
+        str(path.relative_to(TESTS)): wrong
+        for path in TESTS.rglob("*.py")
+        if (wrong := {name for name in imported(path) if any(part.startswith("test_") for part in name.split("."))})
+    }
+    assert found == {}
+
+
+def test_tools_import_nothing_from_the_rooms():
+    rooms = {path.name for path in TESTS.iterdir() if path.is_dir()} - {"tools", "__pycache__"}
+    for path in (TESTS / "tools").glob("*.py"):
+        assert not [name for name in imported(path) if name.split(".")[1] in rooms], path.name
