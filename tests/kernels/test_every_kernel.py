@@ -258,7 +258,9 @@ if __name__ == "__main__":
     multiprocessing.spawn(work, (sys.argv[1],), nprocs=2)
 """
     (tmp_path / "ddp.py").write_text(code)
-    done = run_python("ddp.py", tmp_path / "store", env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, check=True)
+    done = run_python(
+        tmp_path / "ddp.py", tmp_path / "store", env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, check=True
+    )
     assert "equal" in done.stdout
 
 

@@ -114,13 +114,12 @@ def test_interpreted_kernels_get_the_losses_of_one_process(folder):
     flags = [*tiny.FLAGS, *SMALL, "--backend", "triton", "--optimizer", "triton"]
     flags += ["--model.n-head", "1", "--model.vocab-size", "256"]
     for size, run, more in ((1, "kernels1", []), (2, "kernels2", []), (4, "kernels4", ["--zero"])):
-        ranks.run(interpreted, size, folder, [*flags, *more, "--run", run], name=run)
+        ranks.run(interpreted, size, folder, [*flags, *more, "--run", run], name=run, interpret=True)
     assert_same_run(rows(folder, "kernels2"), rows(folder, "kernels1"))
     assert_same_run(rows(folder, "kernels4"), rows(folder, "kernels1"))
 
 
 def interpreted(flags):
-    os.environ["TRITON_INTERPRET"] = "1"
     from tests.tools import interpreter
 
     interpreter.repair()

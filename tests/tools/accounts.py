@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 MARK = "GPT2FAST_TESTS"  # /mark/mark/...: the outermost process's first
+OWNER = "GPT2FAST_TESTS_OWNER"  # the mark of the process for which servers of programs are started
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "tests.program"}
 started = 0  # processes, by this one
 of_workers: list[int] = []
@@ -37,22 +38,24 @@ def mark(measured: Path | None = None) -> subprocess.Popen | None:
     """From now on what this process starts is killed when it ends; its `watch`, where there is /proc."""
     own = uuid.uuid4().hex
     os.environ[MARK] = f"{os.environ.get(MARK, '')}/{own}"
+    os.environ.setdefault(OWNER, own)
     if not Path("/proc/self/environ").exists():
         return None
     command = [sys.executable, "-ISS", Path(__file__).with_name("watch.py"), str(os.getpid()), own, measured or ""]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def outermost() -> str:
+def owner() -> str:
     """The mark of the process that began it all: of this one, if nobody has begun."""
-    if MARK not in os.environ:
+    if OWNER not in os.environ:
         mark()
-    return os.environ[MARK].split("/")[1]
+    return os.environ[OWNER]
 
 
-def of_outermost() -> dict[str, str]:
-    """The environment of what may outlive this process, but not the outermost."""
-    return {MARK: f"/{outermost()}"}
+def of_owner() -> dict[str, str]:
+    """The environment of what may outlive this process, but not the owner."""
+    before, own, _ = os.environ[MARK].partition(owner())
+    return {MARK: before + own}
 
 
 def pytest_configure(config: pytest.Config) -> None:

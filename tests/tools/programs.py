@@ -76,7 +76,7 @@ class Program:
 
 def connected(interpreted: bool) -> socket.socket:
     """To the server that all processes of this run of the tests share; the first who asks starts it."""
-    name = f"gpt2fast-tests-{accounts.outermost()}-{'interpreted' if interpreted else 'plain'}"
+    name = f"gpt2fast-tests-{accounts.owner()}-{'interpreted' if interpreted else 'plain'}"
     start, process = time.monotonic(), None
     while True:
         connection = socket.socket(socket.AF_UNIX)
@@ -89,7 +89,7 @@ def connected(interpreted: bool) -> socket.socket:
             command = [sys.executable, Path(__file__).with_name("server.py"), name, *LIBRARIES]
             # Triton asks when it is imported, which torch._dynamo does, and what it has decorated stays as it is
             env = environment({"PYTHONPATH": "", "TRITON_INTERPRET": "1" if interpreted else "0"})
-            env |= accounts.of_outermost()
+            env |= accounts.of_owner()
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
         assert process.poll() in (None, 0), f"{command} ended with {process.poll()}"
         assert time.monotonic() < start + HANG

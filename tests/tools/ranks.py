@@ -35,11 +35,14 @@ class Rank:
         return self.printed.read_text()
 
 
-def start(work: Callable[..., int | None], size: int, folder: Path, *args, name: str = "rank") -> list[Rank]:
-    """`size` processes that call work(*args) in `folder`, a main of ours for instance."""
+def start(
+    work: Callable[..., int | None], size: int, folder: Path, *args, name: str = "rank", interpret: bool = False
+) -> list[Rank]:
+    """`size` processes that call work(*args) in `folder`, a main of ours for instance; `interpret`: Triton does."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has it
     world = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     world |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
+    world |= {"TRITON_INTERPRET": 1} if interpret else {}
     ranks = []
     for rank in range(size):
         printed = folder / f"{name}{rank}.txt"
@@ -48,9 +51,9 @@ def start(work: Callable[..., int | None], size: int, folder: Path, *args, name:
     return ranks
 
 
-def run(work: Callable[..., int | None], size: int, folder: Path, *args, name: str = "rank") -> list[Rank]:
+def run(work: Callable[..., int | None], size: int, folder: Path, *args, **options) -> list[Rank]:
     """The same, until they have ended. They must have ended well."""
-    ranks = start(work, size, folder, *args, name=name)
+    ranks = start(work, size, folder, *args, **options)
     codes = [rank.end() for rank in ranks]
     assert codes == [0] * size, "\n".join(rank.text for rank in ranks)
     return ranks

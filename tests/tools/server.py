@@ -55,6 +55,7 @@ def keep(connection: socket.socket) -> dict | None:
         request = json.loads(file.readline())
     pid = os.fork()
     if pid == 0:
+        os.setsid()  # a group of its own, to be killed as one
         connection.close()
         for number, fd in enumerate(streams):
             os.dup2(fd, number)
@@ -65,6 +66,8 @@ def keep(connection: socket.socket) -> dict | None:
     connection.sendall(b"%d\n" % pid)
     ended = os.pidfd_open(pid)
     if connection in select.select([connection, ended], [], [])[0]:
+        with contextlib.suppress(ProcessLookupError):  # it has just begun, or ended
+            os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):  # nobody is there who asked
