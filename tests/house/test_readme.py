@@ -108,6 +108,8 @@ def test_the_commands_run_in_the_order_in_which_they_stand(command, folder, run_
         *LAUNCHERS[program], *options, "-m", *shlex.split(ours), *shlex.split(SHORT[key]),
         cwd=folder, env={"CUDA_VISIBLE_DEVICES": "", **variables},
     )  # fmt: skip
+    if "pip install 'numpy<2.4'" in done.stderr:
+        pytest.skip(done.stderr)
     expected = 2 if key in ("benchmarks.gpu", "benchmarks.tune") else 0  # they say that there is no GPU
     assert done.returncode == expected, f"{done.stdout}\n{done.stderr}"
 

@@ -41,7 +41,7 @@ MUTANTS = [
         "if x.dtype == torch.float16 else share",
         "if x.dtype == torch.bfloat16 else share",
         "fp16 gradients underflow",
-        "test_any_shape",
+        "test_tiny_gradients_survive_in_fp16",
     ),
     Mutant("scale = dloss * share", "scale = share", "gradient scaling forgotten", "test_linear_cross_entropy"),
     Mutant("first=start == 0", "first=True", "dw of the last chunk only", "test_chunks_change_nothing_but_memory"),

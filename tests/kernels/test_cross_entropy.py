@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpt2fast import reference
 from gpt2fast.kernels import cross_entropy, launch, linear_cross_entropy
-from tests.tools.accuracy import Results, assert_kernel_is_as_accurate, outputs_and_gradients
+from tests.tools.accuracy import Results, assert_as_accurate, assert_kernel_is_as_accurate, outputs_and_gradients
 from tests.tools.inputs import DTYPES, normal
 
 pytestmark = pytest.mark.kernel
@@ -169,6 +169,19 @@ def test_gradient_scaling(N, scale, dtype, device):
 
     kernel, judge = partial(cross_entropy, targets=targets), partial(plain_reference, targets=targets, vocab_size=V)
     assert_kernel_is_as_accurate(lambda x: kernel(x) * scale, lambda x: judge(x) * scale, [x], base=base)
+
+
+def test_tiny_gradients_survive_in_fp16(device):
+    """Of the words that are no target: p / N is where fp16 has few bits, and times GradScaler's scale it has all."""
+    N, V, scale = 64, 2048, 65536.0
+    x, targets = normal(N, V, dtype=torch.half, device=device), targets_of(N, V, device, ignored=False)
+    got = outputs_and_gradients(lambda x: cross_entropy(x, targets) * scale, [x])
+    truth = outputs_and_gradients(lambda x: plain_reference(x, targets, V) * scale, [x.double()], got.cotangents)
+    base = twice_rounded([x], [got.cotangents[0] * scale], targets, V)
+    others = torch.ones_like(x, dtype=torch.bool).scatter_(1, targets[:, None], False)
+    got, truth, base = (results.gradients[0][others] for results in (got, truth, base))
+    assert (truth / scale).abs().median() < 2 * torch.finfo(torch.half).tiny / 8
+    assert_as_accurate(got, truth, base)
 
 
 def test_targets_that_do_not_exist_make_the_loss_nan(device):

@@ -9,6 +9,7 @@ where that is all of them, the last one of the day before.
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tests.tools.checkout import CHECKOUT
@@ -16,16 +17,23 @@ from tests.tools.mutation import Mutant, planted, test_of
 from tests.tools.rooms import FILES, ROOMS, tests_of
 
 EVERYTHING = "tests"
-MUTANTS = "tests/long/test_mutants.py"
-LEAN = {  # files of tests/long: modules of gpt2fast, or all of a room
-    "kills": "checkpoint files run session train",
-    "soak": "train session run checkpoint step data screen plot",
-    "hosts": "distributed",
-    "ranks": "distributed step optim graph rounded",
-    "fuzz": "data weights files config hellaswag pretrained flags",
-    "options": "step optim rounded model cpu session",
-}
 CONCERNS_ALL = ("tests/tools/", "tests/conftest.py", "pyproject.toml", ".ci/")
+MUTANTS = "tests/long/test_mutants.py"
+LEANS = {  # file of tests: what it leans on, beside the module whose tests it holds
+    "tests/kernels/test_every_kernel.py": "kernels/*.py",
+    "tests/model/test_backends.py": "kernels/*.py gpt2fast/ops.py gpt2fast/kernels.py",
+    "tests/benchmarks/test_aot.py": "kernels/*.py",
+    "tests/training/test_exact.py": "gpt2fast/train.py gpt2fast/session.py gpt2fast/step.py gpt2fast/checkpoint.py",
+    "tests/house/test_readme.py": "README.md",
+    "tests/house/test_packaging.py": "gpt2fast/kernels.py",
+    "tests/long/test_kills.py": "gpt2fast/checkpoint.py gpt2fast/files.py gpt2fast/run.py gpt2fast/train.py",
+    "tests/long/test_soak.py": "gpt2fast/train.py gpt2fast/session.py gpt2fast/run.py gpt2fast/plot.py",
+    "tests/long/test_hosts.py": "gpt2fast/distributed.py",
+    "tests/machine/test_distributed.py": "gpt2fast/step.py gpt2fast/optim.py gpt2fast/graph.py gpt2fast/rounded.py",
+    "tests/long/test_fuzz.py": "gpt2fast/config.py gpt2fast/hellaswag.py gpt2fast/pretrained.py "
+    + " ".join(f"gpt2fast/{module}.py" for room in ("data", "weights", "files") for module in ROOMS[room].split()),
+    "tests/long/test_options.py": "gpt2fast/step.py gpt2fast/optim.py gpt2fast/model.py gpt2fast/session.py",
+}
 
 
 def changed(base: str) -> list[str]:
@@ -59,22 +67,17 @@ def affected(paths: Iterable[str]) -> list[str]:
 
 
 def of_one(path: str) -> Iterator[str]:
+    yield from (test for test, patterns in LEANS.items() if any(fnmatch(path, each) for each in patterns.split()))
     if path in FILES:
         yield f"tests/{tests_of(path)}"
-        yield from (f"tests/long/test_{name}.py" for name, modules in LEAN.items() if leans(modules, path))
         yield from mutants(lambda module, mutant: module == path)
-    elif path.startswith("tests/long/"):
+    elif path.startswith("tests/long/") and path != MUTANTS:
         yield f"tests/long/test_{Path(path).stem.removeprefix('test_')}.py"
     elif path.startswith("tests/") and Path(path).name.startswith("mutants_"):
         yield from mutants(lambda module, mutant: path == beside(module))
     elif path.startswith("tests/") and path.endswith(".py"):
         yield path
         yield from mutants(lambda module, mutant: test_of(module, mutant).startswith(f"{path}::"))
-
-
-def leans(modules: str, path: str) -> bool:
-    whole = [module for name in modules.split() for module in ROOMS.get(name, name).split()]
-    return path.startswith("gpt2fast/") and Path(path).stem in whole
 
 
 def beside(module: str) -> str:

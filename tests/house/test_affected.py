@@ -1,0 +1,127 @@
+"""Which long tests CI runs for a change."""
+
+import subprocess
+
+import pytest
+
+from tests.tools import affected
+from tests.tools.affected import EVERYTHING, LEANS, MUTANTS, base_of, of_one
+from tests.tools.checkout import CHECKOUT
+from tests.tools.mutation import planted
+from tests.tools.rooms import FILES
+
+
+def found(*paths: str) -> set[str]:
+    return set(affected.affected(paths))
+
+
+def planted_in(tests: set[str]) -> set[str]:
+    """The modules whose mutants are named."""
+    return {test.partition("[")[2].partition(":")[0] for test in tests if test.startswith(MUTANTS)}
+
+
+def test_a_kernel_has_its_mutants_and_what_holds_for_all_kernels():
+    tests = found("kernels/gelu.py")
+    assert planted_in(tests) == {"kernels/gelu.py"}
+    assert len([test for test in tests if test.startswith(MUTANTS)]) == len(planted()["kernels/gelu.py"])
+    files = {test for test in tests if not test.startswith(MUTANTS)}
+    assert files == {
+        "tests/kernels/test_gelu.py", "tests/kernels/test_every_kernel.py", "tests/model/test_backends.py",
+        "tests/benchmarks/test_aot.py",
+    }  # fmt: skip
+
+
+def test_a_file_of_tests_has_the_mutants_that_it_must_catch():
+    tests = found("tests/kernels/test_epilogue.py")
+    assert planted_in(tests) == {"kernels/epilogue.py", "kernels/matmul.py"}
+    assert "tests/kernels/test_epilogue.py" in tests
+
+
+def test_mutants_themselves():
+    assert planted_in(found("tests/model/mutants_cpu.py")) == {"gpt2fast/cpu.py"}
+
+
+@pytest.mark.parametrize(
+    ("path", "test"),
+    [
+        ("gpt2fast/checkpoint.py", "tests/long/test_kills.py"),
+        ("gpt2fast/openai.py", "tests/long/test_fuzz.py"),
+        ("gpt2fast/distributed.py", "tests/long/test_hosts.py"),
+        ("tests/long/soak.py", "tests/long/test_soak.py"),
+        ("tests/long/test_hosts.py", "tests/long/test_hosts.py"),
+        ("README.md", "tests/house/test_readme.py"),
+    ],
+)
+def test_what_leans_on_it_is_run(path, test):
+    assert test in found(path)
+
+
+def test_documents_and_results_concern_nothing_else():
+    assert found("README.md") == {"tests/house/test_readme.py"}
+    assert found("CONTRIBUTING.md", "benchmarks/NOTES.md", "benchmarks/results/cpu/a.jsonl") == set()
+
+
+@pytest.mark.parametrize(
+    "path", ["tests/tools/affected.py", "tests/tools/tiny.py", "tests/conftest.py", "pyproject.toml", ".ci/run"]
+)
+def test_the_rule_the_helpers_and_the_settings_concern_everything(path):
+    assert found("README.md", path) == {EVERYTHING}
+
+
+def test_a_file_that_is_gone_concerns_nothing():
+    assert found("tests/kernels/test_gone.py", "gpt2fast/gone.py") == set()
+
+
+def test_all_that_is_named_exists():
+    for test, patterns in LEANS.items():
+        assert (CHECKOUT / test).is_file()
+        for pattern in patterns.split():
+            assert list(CHECKOUT.glob(pattern)), pattern
+    for module in FILES:
+        assert all((CHECKOUT / test.partition("::")[0]).is_file() for test in of_one(module))
+
+
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """git(*words, date=): in a repository of one commit, of yesterday."""
+
+    def run(*words, date="2026-01-02T12:00:00Z"):
+        env = {
+            "GIT_COMMITTER_DATE": date,
+            "GIT_AUTHOR_DATE": date,
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            "PATH": "/usr/bin:/bin",
+        }
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(affected, "CHECKOUT", tmp_path)
+    run("init", "-q", "-b", "main")
+    (tmp_path / "a").touch()
+    run("add", "a")
+    run("commit", "-qm", "a", date="2026-01-01T12:00:00Z")
+    return run
+
+
+def test_the_change_is_what_origin_has_not(git):
+    theirs = git("rev-parse", "HEAD")
+    git("update-ref", "refs/remotes/origin/main", theirs)
+    git("commit", "-qm", "b", "--allow-empty")
+    assert base_of() == theirs
+
+
+@pytest.mark.parametrize("pushed", [True, False])
+def test_or_what_is_of_the_day_where_origin_has_all_or_is_not_known(git, pushed):
+    before = git("rev-parse", "HEAD")
+    for name in "bc":
+        git("commit", "-qm", name, "--allow-empty")
+    if pushed:
+        git("update-ref", "refs/remotes/origin/main", "HEAD")
+    assert base_of() == before
+
+
+def test_of_a_first_day_all_is_new_but_the_first_commit(git):
+    assert base_of() == git("rev-parse", "HEAD")
+    git("commit", "-qm", "b", "--allow-empty", date="2026-01-01T13:00:00Z")
+    assert base_of() == git("rev-list", "--max-parents=0", "HEAD")
