@@ -1,11 +1,10 @@
 """The experiment with ops that Inductor looks into: what it would be given, traced on a GPU that is not there."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.tools import programs
 
 TRACE = """
 import json, sys, torch
@@ -43,11 +42,9 @@ print(json.dumps([opaque, *trace()]))
 
 
 @pytest.fixture(scope="module")
-def traced():
+def traced(tmp_path_factory):
     """Calls in the graphs of four ops, forward and backward, before and after; what Inductor believes is written."""
-    command = [sys.executable, "-c", TRACE]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = programs.run("-c", TRACE, cwd=tmp_path_factory.mktemp("traced"), env={"TRITON_INTERPRET": "0"}, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

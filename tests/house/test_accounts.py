@@ -21,6 +21,7 @@ import os, subprocess, sys, time
 from pathlib import Path
 from tests.tools import programs
 
+programs.LIBRARIES.clear()  # they are not needed here, and take seconds and memory
 SLEEP = "import os, time; os.fork(); time.sleep(10**6)"
 
 def start_and(do):

@@ -1,5 +1,6 @@
 """Programs of ours in several processes that torchrun's environment joins, on one CPU thread each."""
 
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -32,7 +33,8 @@ class Rank:
 
     @property
     def text(self) -> str:
-        return self.printed.read_text()
+        """Without torch's own warnings, of a host that has no name for instance."""
+        return re.sub(r"^\[W\d.*\[c10d\].*\n", "", self.printed.read_text(), flags=re.MULTILINE)
 
 
 def start(
