@@ -38,7 +38,7 @@ LEANS = {  # file of tests: what it leans on, beside the module whose tests it h
 
 def changed(base: str) -> list[str]:
     """Paths from the checkout's root, those of files that are gone too."""
-    return git("diff", "--name-only", base).splitlines()
+    return git("diff", "--name-only", "--no-renames", base).splitlines()
 
 
 def base_of() -> str:

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,5 @@ def _run(work: Callable[..., int | None], args: tuple) -> int:
     try:
         return work(*args) or 0
     except (UserError, RunError) as error:
-        raise SystemExit(_said(error)) from None
-
-
-def _said(error) -> int:
-    import sys
-
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

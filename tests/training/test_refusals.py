@@ -132,9 +132,6 @@ def test_resume_needs_no_other_flag(folder, capsys):
     assert checkpoint.list_checkpoints(folder / "out/tiny/checkpoints")[-1][0] == 20
 
 
-# ---- checkpoints ----
-
-
 # ---- a loss that is not finite ----
 
 
