@@ -41,7 +41,8 @@ def mark(measured: Path | None = None) -> subprocess.Popen | None:
     os.environ.setdefault(OWNER, own)
     if not Path("/proc/self/environ").exists():
         return None
-    command = [sys.executable, "-ISS", Path(__file__).with_name("watch.py"), str(os.getpid()), own, measured or ""]
+    file = str(Path(__file__).with_name("watch.py"))
+    command = [sys.executable, "-ISS", file, str(os.getpid()), own, str(measured or "")]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
@@ -87,8 +88,9 @@ def pytest_testnodedown(node, error) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """The ten slowest tests are pytest's own to tell, by --durations."""
+    gigabytes = int((peak and peak.read_text()) or 0) / 1e9
     terminalreporter.section("what it took")
     terminalreporter.write_line(
-        f"{(time.monotonic() - begun) / 60:.1f} minutes, {int(peak.read_text() or 0) / 1e9:.1f} GB of memory at the "
-        f"peak, {started + sum(of_workers)} processes started"
+        f"{(time.monotonic() - begun) / 60:.1f} minutes, {gigabytes:.1f} GB of memory at the peak, "
+        f"{started + sum(of_workers)} processes started"
     )

@@ -86,7 +86,7 @@ def connected(interpreted: bool) -> socket.socket:
         except ConnectionRefusedError:  # it is not there, or still imports
             connection.close()
         if process is None:
-            command = [sys.executable, Path(__file__).with_name("server.py"), name, *LIBRARIES]
+            command = [sys.executable, str(Path(__file__).with_name("server.py")), name, *LIBRARIES]
             # Triton asks when it is imported, which torch._dynamo does, and what it has decorated stays as it is
             env = environment({"PYTHONPATH": "", "TRITON_INTERPRET": "1" if interpreted else "0"})
             env |= accounts.of_owner()
@@ -126,7 +126,7 @@ def run(
     with tempfile.TemporaryFile("w+", newline="") as out, tempfile.TemporaryFile("w+", newline="") as err:
         code = _start(list(map(str, argv)), cwd, environment(env), out.fileno(), err.fileno()).wait(HANG)
         out.seek(0), err.seek(0)
-        done = subprocess.CompletedProcess(argv, code, out.read(), err.read())
+        done = subprocess.CompletedProcess(list(map(str, argv)), code, out.read(), err.read())
     assert not check or code == 0, f"{argv} ended with {code}\n{done.stdout}\n{done.stderr}"
     return done
 
