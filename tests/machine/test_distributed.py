@@ -5,7 +5,6 @@
 
 import json
 import os
-import re
 import signal
 import time
 
@@ -19,13 +18,13 @@ from gpt2fast.distributed import World, joined
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.files import write_atomic
 from tests.tools import ranks, tiny
-from tests.tools.checkout import CHECKOUT
 from tests.tools.gpu import CUDA
 from tests.tools.programs import HANG
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")
 pytestmark = pytest.mark.skipif(CUDA, reason="gloo on CPUs; on a machine with GPUs torchrun would take those")
 
+FEW = [2, pytest.param(3, marks=pytest.mark.long)]  # ranks
 WORDS = ["--model.vocab-size", "50257"]
 FOUR = [*tiny.FLAGS, "--total-batch", "128", "--steps", "8", "--grad-clip", "0.5"]  # 4 micro-batches of 2 x 16
 
@@ -166,18 +165,19 @@ def judged(flags, file):
             write_atomic(file, json.dumps(found))
 
 
-def test_evaluate_shares_the_split_and_hellaswag(folder, worded):
+@pytest.mark.parametrize("size", FEW)
+def test_evaluate_shares_the_split_and_hellaswag(folder, worded, size):
     examples = folder / "hellaswag.jsonl"
     line = {"ctx": "A cat sat", "endings": [" on a mat.", " there", " up", " by the door, asleep"]}
     examples.write_text("".join(json.dumps(line | {"label": i % 4}) + "\n" for i in range(7)))
     flags = {"source": "out/worded", "from_": examples, "batch_size": 3, "seq_len": 10}
     found = {}
-    for size in (1, 3):
-        ranks.run(judged, size, folder, flags, folder / f"{size}.json", name=f"judged{size}_")
-        found[size] = json.loads((folder / f"{size}.json").read_text())
+    for n in (1, size):
+        ranks.run(judged, n, folder, flags, folder / f"{n}.json", name=f"judged{n}_")
+        found[n] = json.loads((folder / f"{n}.json").read_text())
     for name in ("tokens", "whole_split", "hellaswag"):
-        assert found[3][name] == found[1][name]
-    assert found[3]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+        assert found[size][name] == found[1][name]
+    assert found[size]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
 
 
 def test_sample_shares_the_texts(folder, worded):
@@ -218,27 +218,29 @@ def wait_for_step(folder, run, step, started):
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("size", FEW)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_all_and_is_named(folder, victim):
-    run = f"killed{victim}"
-    started = ranks.start(program.main, 3, folder, [*LONG, "--run", run], name=run)
+def test_a_rank_that_is_killed_ends_all_and_is_named(folder, victim, size):
+    run = f"killed{victim}of{size}"
+    started = ranks.start(program.main, size, folder, [*LONG, "--run", run], name=run)
     wait_for_step(folder, run, 3, started)
     started[victim].kill()
     codes = [rank.end() for rank in started]
     assert codes[victim] == -signal.SIGKILL
-    assert [code for i, code in enumerate(codes) if i != victim] == [1, 1]
-    first, second = (rank.text for i, rank in enumerate(started) if i != victim)
+    assert {code for i, code in enumerate(codes) if i != victim} == {1}
+    first, *others = (rank.text for i, rank in enumerate(started) if i != victim)
     assert f"error: rank {1 if victim == 0 else 0}: rank {victim} is gone without a word: killed" in first
-    assert "error" not in second
+    assert not [text for text in others if "error" in text]
 
 
-def test_a_rank_that_fails_ends_all_and_its_cause_is_said(folder):
-    started = ranks.start(fails_on_rank_1, 3, folder, [*LONG, "--run", "fails"], name="fails")
-    codes = [rank.end() for rank in started]
-    assert codes == [1, 1, 1]
+@pytest.mark.parametrize("size", FEW)
+def test_a_rank_that_fails_ends_all_and_its_cause_is_said(folder, size):
+    run = f"fails{size}"
+    started = ranks.start(fails_on_rank_1, size, folder, [*LONG, "--run", run], name=run)
+    assert [rank.end() for rank in started] == [1] * size
     assert "error: rank 1: the disk of rank 1 is broken" in started[1].text
     assert "error: rank 0: rank 1 ended the run: the disk of rank 1 is broken; what was saved" in started[0].text
-    assert started[2].text == ""
+    assert {rank.text for rank in started[2:]} <= {""}
 
 
 def fails_on_rank_1(flags):
@@ -385,9 +387,3 @@ def buckets():
         storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
         assert len(storages) < len(places)
         assert distributed.part(step.optimizer) is step.optimizer
-
-
-def test_readme_has_torchruns_lines():
-    text = (CHECKOUT / "README.md").read_text()
-    for line in ("--standalone --nproc-per-node", "--rdzv-backend c10d --rdzv-endpoint", "srun torchrun"):
-        assert re.search(re.escape(line), text)

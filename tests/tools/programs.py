@@ -21,7 +21,6 @@ from pathlib import Path
 from tests.tools import accounts
 from tests.tools.checkout import CHECKOUT, THREADS
 
-FORKS = hasattr(os, "pidfd_open")
 LIBRARIES = [
     "torch", "torch._dynamo", "torch._inductor.config", "numpy", "safetensors.torch", "tiktoken", "filelock", "tqdm",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro",
@@ -33,6 +32,15 @@ module, name, args = pickle.loads(base64.b64decode(sys.argv[1]))
 __import__(module)
 sys.exit(getattr(sys.modules[module], name)(*args))
 """
+
+
+def forks() -> bool:
+    """Whether the kernel has what the server needs."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -113,7 +121,7 @@ def call(
 
 
 def _start(argv: list[str], cwd: Path, env: Mapping[str, str], stdout: int, stderr: int) -> Program | subprocess.Popen:
-    if FORKS:
+    if forks():
         return Program(argv, cwd, env, stdout, stderr)
     command = [sys.executable, *argv]
     return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
