@@ -56,8 +56,9 @@ def tests(tmp_path):
         command = [sys.executable, "-m", "pytest", "-p", "tests.tools.accounts", "-p", "no:cacheprovider", *options]
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(
-                command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True, stdin=subprocess.DEVNULL
-            )
+                command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True, stdin=subprocess.DEVNULL,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background has it ignored
+            )  # fmt: skip
         return process, word.encode()
 
     return start
@@ -88,7 +89,7 @@ def by_ctrl_c(process):
     ids=["Ctrl-C", "SIGTERM", "kill -9"],
 )
 def test_no_process_is_left(tests, stop, tmp_path):
-    process, word = tests("-n", "2", "-k", "test_a or test_b")
+    process, word = tests("-n", "2", "test_a.py::test_a", "test_a.py::test_b")
     wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2, tmp_path / "log")
     assert len(marked(word)) > 8  # pytest, its workers, their watches, the server, and what the tests started
     stop(process)
@@ -98,7 +99,7 @@ def test_no_process_is_left(tests, stop, tmp_path):
 
 @pytest.mark.long
 def test_a_killed_worker_takes_with_it_what_it_started(tests, tmp_path):
-    process, word = tests("-n", "2", "-k", "test_a or test_b")
+    process, word = tests("-n", "2", "test_a.py::test_a", "test_a.py::test_b")
     wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2, tmp_path / "log")
     file = next(tmp_path.glob("*.started"))
     theirs = [Path(f"/proc/{pid}") for pid in file.read_text().split()]
@@ -111,7 +112,7 @@ def test_a_killed_worker_takes_with_it_what_it_started(tests, tmp_path):
 
 
 def test_a_run_that_ends_says_what_it_took_and_leaves_nothing(tests, tmp_path):
-    process, word = tests("-k", "test_end", "--durations=10")
+    process, word = tests("test_a.py::test_end", "--durations=10")
     assert process.wait(HANG) == 0, (tmp_path / "log").read_text()
     wait_until(lambda: marked(word) == [], tmp_path / "log")
     said = (tmp_path / "log").read_text()

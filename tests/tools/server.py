@@ -104,6 +104,7 @@ def run(request: dict) -> None:
     """As Python would: its command line, environment, working folder, path and threads."""
     import runpy
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background would have ignored
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
