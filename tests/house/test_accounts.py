@@ -57,7 +57,7 @@ def tests(tmp_path):
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(
                 command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True, stdin=subprocess.DEVNULL,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background has it ignored
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background
             )  # fmt: skip
         return process, word.encode()
 
