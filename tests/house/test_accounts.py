@@ -54,11 +54,11 @@ def tests(tmp_path):
         env = programs.environment({"TEST_OF_ACCOUNTS": word})
         del env[accounts.OWNER]  # it has servers of its own
         command = [sys.executable, "-m", "pytest", "-p", "tests.tools.accounts", "-p", "no:cacheprovider", *options]
-        options = {"cwd": tmp_path, "env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        how = {"cwd": tmp_path, "env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
         # which is ignored by all that a shell has started in its background
-        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, **options)
+            process = subprocess.Popen(command, stdout=log, stderr=log, **how)
         return process, word.encode()
 
     return start
