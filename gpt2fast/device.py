@@ -92,7 +92,8 @@ def _cpu_has_bf16() -> bool:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    # oneDNN may be told to do without (ONEDNN_MAX_CPU_ISA), and then multiplies bf16 a hundred times slower than fp32
+    return ("amx_bf16" in flags or "avx512_bf16" in flags) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:

@@ -99,3 +99,11 @@ def test_what_is_interpreted_runs_in_fp32():
         UserError, match=r"interpreter \(TRITON_INTERPRET=1\) computes bf16 wrongly: use --precision fp32"
     ):
         device.pick_precision("bf16", cpu, interpreted=True)
+
+
+def test_auto_is_fp32_where_onednn_is_told_to_multiply_no_bf16(run_python):
+    """By a process that reads the variable at its first product: in bf16 a step of nano takes minutes there."""
+    code = (
+        "import torch; from gpt2fast.device import pick_precision; print(pick_precision('auto', torch.device('cpu')))"
+    )
+    assert run_python("-c", code, check=True, env={"ONEDNN_MAX_CPU_ISA": "AVX2"}).stdout == "fp32\n"
