@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,9 @@ import pytest
 # Before NumPy and torch, which read them once: threads of two test processes would wait for each other on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Inductor's cache does not ask which instructions ATen was limited to, and hands out code for others: wrong numbers.
+LIMITED = f"{getattr(os, 'getuid', int)()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/gpt2fast-tests-inductor-{LIMITED}")
 
 from tests.tools import accounts, programs
 from tests.tools.accounts import (  # noqa: F401  # pytest finds its hooks here
