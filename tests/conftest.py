@@ -17,8 +17,11 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Inductor's cache does not ask which instructions ATen was limited to, and hands out code for others: wrong numbers.
-LIMITED = f"{getattr(os, 'getuid', int)()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/gpt2fast-tests-inductor-{LIMITED}")
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    f"{tempfile.gettempdir()}/gpt2fast-tests-inductor-{getattr(os, 'getuid', int)()}-"
+    f"{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}",
+)
 
 from tests.tools import accounts, programs
 from tests.tools.accounts import (  # noqa: F401  # pytest finds its hooks here
