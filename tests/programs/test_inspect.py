@@ -15,20 +15,6 @@ from gpt2fast.weights import Weights
 from tests.tools import tiny
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The settings of a finished run."""
-    folder = tmp_path_factory.mktemp("inspect")
-    c = tiny.config(folder, model=tiny.GPT2_WORDS)
-    train(c)
-    return c
-
-
-@pytest.fixture(scope="module")
-def weights(run):
-    return pretrained.read(run.folder)
-
-
 def test_the_table_holds_every_tensor(weights):
     lines = [line.split("  ") for line in inspect.table(weights).splitlines()]
     rows = {line[0]: [part.strip() for part in line[1:] if part.strip()] for line in lines[1:]}
@@ -58,9 +44,9 @@ def test_what_the_tied_head_saves(weights):
     )
 
 
-def test_tokens_that_are_not_in_the_data_are_marked(run, weights):
-    shard = data.open_folder(run.folder.parents[1] / "data", 50257).train[0]
-    never, how = inspect.never_trained(weights, run.folder)
+def test_tokens_that_are_not_in_the_data_are_marked(finished, weights):
+    shard = data.open_folder(finished.folder.parents[1] / "data", 50257).train[0]
+    never, how = inspect.never_trained(weights, finished.folder)
     assert np.array_equal(never, np.setdiff1d(np.arange(50257), shard))
     assert how == "not in the training data"
     wte = weights.tensors["wte.weight"]
@@ -94,13 +80,13 @@ def test_data_that_has_changed_is_not_believed(tmp_path):
     assert "guess" in inspect.never_trained(pretrained.read(c.folder), c.folder)[1]
 
 
-def test_command_line(run, run_module, tmp_path):
+def test_command_line(finished, run_module, tmp_path):
     pytest.importorskip("tyro", reason="needs tyro for the command line")
     from matplotlib.image import imread
 
     other = tiny.config(tmp_path, steps=2, warmup=1, run="other")
     train(other)
-    done = run_module("gpt2fast.inspect", run.folder, other.folder, check=True)
+    done = run_module("gpt2fast.inspect", finished.folder, other.folder, check=True)
     written = sorted((tmp_path / "out" / "inspect").rglob("*.png"))
     assert [path.relative_to(tmp_path / "out" / "inspect").as_posix() for path in written] == [
         *(f"{name}/{kind}.png" for name in ("other",) for kind in ("positions", "similarity", "tokens")),
@@ -114,12 +100,12 @@ def test_command_line(run, run_module, tmp_path):
     assert "h.0.attn.c_attn.weight  48 x 16" in done.stdout
     assert "step_00000020\n" in done.stdout
     assert "tied head: " in done.stdout
-    run_module("gpt2fast.inspect", run.folder, check=True)  # its own pictures it replaces
+    run_module("gpt2fast.inspect", finished.folder, check=True)  # its own pictures it replaces
 
 
-def test_a_label_says_what_computed_it(run, tmp_path):
-    assert inspect.label(run.folder, "a") == "a: torch, fp32"
-    record = json.loads((run.folder / "config.json").read_text())
+def test_a_label_says_what_computed_it(finished, tmp_path):
+    assert inspect.label(finished.folder, "a") == "a: torch, fp32"
+    record = json.loads((finished.folder / "config.json").read_text())
     record["resolved"] |= {"compile": True, "ops": record["resolved"]["ops"] | {"mlp": "triton"}}
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert inspect.label(tmp_path, "b") == "b: torch, mlp=triton, fp32, compiled"
@@ -132,17 +118,17 @@ def test_names():
         inspect.names(["out/a", "./out/a/"])
 
 
-def copy_run(run, folder, metrics):
+def copy_run(finished, folder, metrics):
     """A run without checkpoints."""
     folder.mkdir()
-    (folder / "config.json").write_bytes((run.folder / "config.json").read_bytes())
+    (folder / "config.json").write_bytes((finished.folder / "config.json").read_bytes())
     (folder / "metrics.jsonl").write_text(metrics)
     return folder
 
 
-def test_a_run_without_checkpoints_has_curves(run, tmp_path):
-    metrics = (run.folder / "metrics.jsonl").read_text()
-    folder = copy_run(run, tmp_path / "young", metrics + '{"step": 21, "lo')  # cut off by a kill
+def test_a_run_without_checkpoints_has_curves(finished, tmp_path):
+    metrics = (finished.folder / "metrics.jsonl").read_text()
+    folder = copy_run(finished, tmp_path / "young", metrics + '{"step": 21, "lo')  # cut off by a kill
     out = tmp_path / "pictures"
     texts = inspect.inspect(InspectConfig(sources=(str(folder),), out=out))
     assert texts == [f"{folder}: no checkpoint yet, so no weights", f"picture  {out / 'runs.png'}"]
@@ -162,33 +148,33 @@ def test_a_run_without_checkpoints_has_curves(run, tmp_path):
         ("\xff\n", "line 1 is damaged"),
     ],
 )
-def test_damaged_metrics_are_refused(run, tmp_path, metrics, message):
-    folder = copy_run(run, tmp_path / "run", "")
+def test_damaged_metrics_are_refused(finished, tmp_path, metrics, message):
+    folder = copy_run(finished, tmp_path / "run", "")
     (folder / "metrics.jsonl").write_bytes(metrics.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         inspect.inspect(InspectConfig(sources=(str(folder),), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_inspected_is_refused(run, tmp_path):
+def test_what_cannot_be_inspected_is_refused(finished, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="nowhere/x/y"):  # found before the good one is drawn
-        inspect.inspect(InspectConfig(sources=(str(run.folder), "nowhere/x/y"), out=out))
+        inspect.inspect(InspectConfig(sources=(str(finished.folder), "nowhere/x/y"), out=out))
     with pytest.raises(UserError, match="nothing to inspect"):
         inspect.inspect(InspectConfig(sources=(), out=out))
     assert not out.exists()
     out.mkdir()
     (out / "runs.png").write_bytes(b"mine")
     with pytest.raises(UserError, match="runs.png is there already and no picture of ours"):
-        inspect.inspect(InspectConfig(sources=(str(run.folder),), out=out))
+        inspect.inspect(InspectConfig(sources=(str(finished.folder),), out=out))
     assert [path.name for path in out.iterdir()] == ["runs.png"]
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="choose another folder with --out"):
-        inspect.inspect(InspectConfig(sources=(str(run.folder),), out=tmp_path / "file" / "x"))
+        inspect.inspect(InspectConfig(sources=(str(finished.folder),), out=tmp_path / "file" / "x"))
 
 
-def test_loss_png_of_training_is_as_before(run):
+def test_loss_png_of_training_is_as_before(finished):
     from matplotlib.image import imread
 
-    assert imread(run.folder / "loss.png").shape == (540, 960, 4)
-    assert math.isfinite(config.read_record(run.folder)[1]["unigram_entropy"])
+    assert imread(finished.folder / "loss.png").shape == (540, 960, 4)
+    assert math.isfinite(config.read_record(finished.folder)[1]["unigram_entropy"])

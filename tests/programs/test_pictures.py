@@ -4,23 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import pictures, pretrained
-from gpt2fast.train import train
-from tests.tools import tiny
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The settings of a finished run."""
-    folder = tmp_path_factory.mktemp("inspect")
-    c = tiny.config(folder, model=tiny.GPT2_WORDS)
-    train(c)
-    return c
-
-
-@pytest.fixture(scope="module")
-def weights(run):
-    return pretrained.read(run.folder)
+from gpt2fast import pictures
 
 
 def test_channels():

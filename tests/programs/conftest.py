@@ -1,0 +1,22 @@
+"""A finished run for the tests that look into one."""
+
+import pytest
+
+from gpt2fast import pretrained
+from gpt2fast.config import TrainConfig
+from gpt2fast.train import train
+from gpt2fast.weights import Weights
+from tests.tools import tiny
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> TrainConfig:
+    """Its settings."""
+    c = tiny.config(tmp_path_factory.mktemp("finished"), model=tiny.GPT2_WORDS)
+    train(c)
+    return c
+
+
+@pytest.fixture(scope="module")
+def weights(finished) -> Weights:
+    return pretrained.read(finished.folder)
