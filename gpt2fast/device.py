@@ -92,8 +92,12 @@ def _cpu_has_bf16() -> bool:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return False
-    # oneDNN may be told to do without (ONEDNN_MAX_CPU_ISA), and then multiplies bf16 a hundred times slower than fp32
-    return ("amx_bf16" in flags or "avx512_bf16" in flags) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if "amx_bf16" not in flags and "avx512_bf16" not in flags:
+        return False
+    # oneDNN may be told to do without (ONEDNN_MAX_CPU_ISA), and then multiplies bf16 a hundred times slower than fp32;
+    # ATen too (ATEN_CPU_CAPABILITY), and then raises in its attention: "pack_vnni2 is only supported when avx512 is"
+    aten = torch.backends.cpu.get_cpu_capability()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and aten.startswith("AVX512")
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:

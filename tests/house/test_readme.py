@@ -15,6 +15,7 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = ["python -m gpt2fast.train"] + [
     line for block in BLOCKS for line in block.splitlines() if not line.startswith("python3 -m venv")
 ]
+OF_RANKS = [command for command in COMMANDS if "torchrun" in command or "ranks" in command]
 # These programs run in tests of their own, whose minutes need not be spent twice.
 HAVE_TESTS = [f"benchmarks.{name}" for name in ("ladder", "peers", "generate", "kernels", "aot", "scale")]
 HAVE_TESTS += [f"tests.long.{name}" for name in ("kills", "soak", "options", "fuzz")]
@@ -94,11 +95,20 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=[pytest.mark.long] * ("torchrun" in c or "ranks" in c)) for c in COMMANDS]
-)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in OF_RANKS])
 def test_the_commands_run_in_the_order_in_which_they_stand(command, folder, run_python):
     """Each needs what those before it left."""
+    run_short(command, folder, run_python)
+
+
+@pytest.mark.long
+def test_those_of_many_ranks_do(folder, run_python):
+    """In one test: workers share the long ones out, each with a folder of its own."""
+    for command in OF_RANKS:
+        run_short(command, folder, run_python)
+
+
+def run_short(command, folder, run_python) -> None:
     variables = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
     launcher, _, ours = command.partition(" -m ")
     program, *options = shlex.split(launcher)[len(variables) :]

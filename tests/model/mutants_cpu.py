@@ -52,6 +52,18 @@ MUTANTS = [
         "copy=True)", "copy=False)", "logits are read after softmax has overwritten them", "test_linear_cross_entropy"
     ),
     Mutant(
+        "(target[:, None] - some + some_p.log()).mean(1)",
+        "target - (some - some_p.log()).mean(1)",
+        "the loss has logsumexp's rounding",
+        "test_what_all_logits_have_in_common_is_not_rounded_into_the_loss",
+    ),
+    Mutant(
+        ".log_softmax(1).gather(1, targets[:, None])[:, 0]",
+        ".logsumexp(1).sub(target).neg()",
+        "the loss has logsumexp's rounding where a column is next to impossible",
+        "test_what_all_logits_have_in_common_is_not_rounded_into_the_loss",
+    ),
+    Mutant(
         "if (some_p > TINY).all():",
         "if True:",
         "log of a probability that is zero",

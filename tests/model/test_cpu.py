@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import library
 
 from gpt2fast import cpu, optim, reference
@@ -14,6 +15,7 @@ from gpt2fast.ops import Ops
 from gpt2fast.step import TrainingStep
 from tests.tools.accuracy import Results, assert_as_accurate, assert_kernel_is_as_accurate, outputs_and_gradients
 from tests.tools.inputs import normal, randomise
+from tests.tools.instructions import attends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IGNORE = reference.IGNORE
@@ -78,6 +80,7 @@ def test_mlp(dtype):
 )
 def test_attention(shape, dtype, monkeypatch):
     B, H, T, D = shape
+    attends(DTYPES[dtype])
     monkeypatch.setattr(cpu, "SCORES", 2 * 128 * T)  # two heads at a time, so that there is a last group of one
     qkv = normal(B, T, 3 * H * D, dtype=DTYPES[dtype], device="cpu")
     judge("attention", [qkv], (H,), gradient_factor=2.0)
@@ -129,6 +132,21 @@ def test_linear_cross_entropy(dtype, rows, targets, scale, monkeypatch):
     monkeypatch.setattr(cpu, "ROWS", rows)
     n = partial(normal, dtype=DTYPES[dtype], device="cpu")
     judge("linear_cross_entropy", [n(50, 24), n(64, 24) / 5 * scale], (targets, 60))
+
+
+@pytest.mark.parametrize("far", [0, 300], ids=["", "a column next to impossible"])
+def test_what_all_logits_have_in_common_is_not_rounded_into_the_loss(far):
+    """Logits of 4096 and a bit, whole numbers: exact in fp32, where logsumexp of them is rounded to 2^-11."""
+    x = torch.cat([torch.eye(6), torch.ones(6, 1)], 1).requires_grad_()
+    bits = torch.arange(60).reshape(10, 6) * 7 % 5.0
+    bits[0] -= far
+    w, targets = torch.cat([bits, torch.full((10, 1), 4096.0)], 1), torch.arange(2, 8)
+    loss = cpu.linear_cross_entropy(x, w, targets)
+    truth = F.cross_entropy(bits.t().double(), targets)
+    assert abs(loss.item() - truth.item()) < 1e-6
+    dlogits = bits.t().double().softmax(1) - F.one_hot(targets, 10)
+    (dx,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(dx[:, :6], (dlogits @ bits.double() / 6).float(), rtol=1e-5, atol=1e-6 + far * 2**-24)
 
 
 def test_a_large_vocabulary_is_sampled():

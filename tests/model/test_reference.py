@@ -9,6 +9,7 @@ from torch import Tensor
 from gpt2fast import cpu, ops, reference
 from gpt2fast.model import GPT, GPTConfig
 from tests.tools.inputs import COMPILERS
+from tests.tools.instructions import attends
 
 OPS = ops.build(ops.OpsConfig())
 EPS = 1e-5
@@ -173,6 +174,7 @@ def test_the_residual_sum_promotes(autocast):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("T", "future"), [(7, 3), (130, 65), (257, 256)], ids=str)
 def test_no_position_sees_or_moves_a_later_one(T, future, dtype):
+    attends(dtype)
     (qkv,) = tensors([(2, T, 3 * 48)], dtype)
     before = OPS.attention(qkv, 3)[:, :future]
     changed = qkv.detach().clone()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpt2fast import ops
 from gpt2fast.model import GPT, GPTConfig
-from tests.tools.accuracy import assert_as_accurate
+from tests.tools.accuracy import FEW, NEARBY, assert_as_accurate
 from tests.tools.hf import huggingface_model, in_our_names
 
 transformers = pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")
@@ -23,6 +23,17 @@ def huggingface_results(model: nn.Module, idx: Tensor, targets: Tensor) -> dict[
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return {"logits": logits.detach(), "loss": loss.detach()} | in_our_names(gradients)
+
+
+def judged(config: GPTConfig, idx: Tensor, targets: Tensor, scale: float = 1) -> tuple[dict, dict]:
+    """Truth and base, with their weights times `scale`."""
+    model = huggingface_model(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    base = {name: result.clone() for name, result in huggingface_results(model, idx, targets).items()}
+    model.zero_grad()
+    return huggingface_results(model.double(), idx, targets), base
 
 
 def our_results(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -52,9 +63,9 @@ def test_logits_loss_and_all_gradients(config, B, T):
     ours.load_state_dict(weights)  # strict: the names are the same, none is left over
 
     got = our_results(ours, idx, targets)
-    base = {name: result.clone() for name, result in huggingface_results(theirs, idx, targets).items()}
-    theirs.zero_grad()
-    truth = huggingface_results(theirs.double(), idx, targets)
+    truth, base = judged(config, idx, targets)
     assert set(got) == set(truth)
+    nearby = [] if config.n_embd >= FEW else [judged(config, idx, targets, scale) for scale in NEARBY]
     for name in truth:
-        assert_as_accurate(got[name], truth[name], base[name], name=name)
+        others = [(t[name], b[name]) for t, b in nearby] if got[name].numel() < FEW else []
+        assert_as_accurate(got[name], truth[name], base[name], name=name, nearby=others)
