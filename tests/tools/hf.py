@@ -10,7 +10,7 @@ from tests.tools.inputs import randomise
 transformers = pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")
 
 
-def huggingface_model(config: GPTConfig) -> nn.Module:
+def huggingface_model(config: GPTConfig, seed: int = 0) -> nn.Module:
     """Their GPT-2 with weights of training's size everywhere: an initial bias of zero would hide a lost one."""
     settings = transformers.GPT2Config(
         vocab_size=config.vocab_size,
@@ -26,7 +26,7 @@ def huggingface_model(config: GPTConfig) -> nn.Module:
     )
     assert settings.activation_function == "gelu_new"
     model = transformers.GPT2LMHeadModel(settings)
-    randomise(model, 0.05, 0)
+    randomise(model, 0.05, seed)
     return model
 
 
