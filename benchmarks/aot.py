@@ -34,8 +34,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from benchmarks import harness
-from gpt2fast.errors import UserError, run_main
-from gpt2fast.files import write_atomic
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.files.atomic import write_atomic
 from gpt2fast.kernels import launch, registration
 from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm
 from gpt2fast.kernels.attention import attention_bwd, attention_fwd

@@ -8,8 +8,7 @@
 import pytest
 
 from benchmarks import kernels
-from gpt2fast.device import pick_device
-from gpt2fast.step import synchronize
+from gpt2fast.machine.device import pick_device, synchronize
 
 DEVICE = pick_device()
 CUDA = DEVICE.type == "cuda"

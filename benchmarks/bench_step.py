@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from benchmarks import ladder
-from gpt2fast import optim
-from gpt2fast.device import DTYPES, pick_device, pick_precision
 from gpt2fast.errors import UserError
+from gpt2fast.machine.device import DTYPES, pick_device, pick_precision, synchronize
 from gpt2fast.model import EPS, GPT, SIZES
 from gpt2fast.ops import NAMES, Backend, OpsConfig, build, interpreted
-from gpt2fast.step import TrainingStep, synchronize
+from gpt2fast.training import optim
+from gpt2fast.training.step import TrainingStep
 
 B, T, C, H, V = 4, 256, 768, 12, 50304
 DEVICE = pick_device()

@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 from benchmarks import harness
 from benchmarks.rows import groups, rows_of
-from gpt2fast import flops
-from gpt2fast.errors import UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
 from gpt2fast.model import SIZES, GPTConfig
+from gpt2fast.training import flops
 
 # Of kernels/, which imports Triton, and this shall not: launch.py's budget of the head's logits; the tiles of
 # attention, which on the diagonal are computed whole.

@@ -16,13 +16,22 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness, textbook
-from gpt2fast import machine, ops
-from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.decode import Sampling, generate
-from gpt2fast.device import DTYPES, Precision, autocast, device_name, pick_device, pick_precision
-from gpt2fast.errors import UserError, run_main
+from gpt2fast import ops
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.inference.decode import Sampling, generate
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import (
+    DTYPES,
+    Precision,
+    autocast,
+    device_name,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    synchronize,
+)
 from gpt2fast.model import GPT, SIZES
-from gpt2fast.step import synchronize
 
 OURS = "gpt2fast sample"
 ROUNDED = "transformers generate, rounded weights"  # which we compute with too; its sums and norms are not in fp32
@@ -87,7 +96,7 @@ def measure(name: str, work: Work, device: torch.device) -> dict:
 
 
 def run_all(work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
-    record = machine.record()
+    record = versions.record()
     rows: list[dict] = []
     for repetition in range(options.repetitions):
         for name in NAMES[: 2 if work.precision == "fp32" else 3]:

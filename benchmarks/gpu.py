@@ -41,9 +41,10 @@ from benchmarks import sanitize as sanitizer
 from benchmarks.rows import rows_of
 from benchmarks.rungs import ADDED, ALL, FUSED, SWAPS, WITHOUT, Rung
 from benchmarks.rungs import RUNGS as KNOWN
-from gpt2fast import machine
-from gpt2fast.device import device_name
-from gpt2fast.errors import UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import device_name
 
 BUDGET = 540.0
 # Seconds that a stage is expected to need. Assumed: 10 s to start a process, 45 s to compile a step, 15 s to find it
@@ -213,7 +214,7 @@ def write(options: argparse.Namespace, stage: str, row: dict) -> None:
 def run_stages(options: argparse.Namespace, names: Sequence[str]) -> list[dict]:
     """Each in its own process, with what is left of the budget but for those behind it."""
     end = time.monotonic() + options.budget
-    record = machine.record()
+    record = versions.record()
     rows = []
     for i, name in enumerate(names):
         left = end - time.monotonic()

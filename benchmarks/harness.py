@@ -18,8 +18,8 @@ from types import MappingProxyType
 
 import torch
 
-from gpt2fast import machine
-from gpt2fast.step import synchronize
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,7 +90,7 @@ def peak_memory(device: torch.device) -> int:
 def results_file(suite: str, folder: Path = RESULTS) -> Path:
     """<folder>/<gpu or cpu>/<date>_<commit7>_<suite>.jsonl"""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    commit = (machine.record()["commit"] or "unknown")[:7]
+    commit = (versions.record()["commit"] or "unknown")[:7]
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return folder / name / f"{datetime.date.today()}_{commit}_{suite}.jsonl"
 

@@ -25,9 +25,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import harness
-from gpt2fast import machine, reference
-from gpt2fast.device import device_name, pick_device
-from gpt2fast.errors import UserError, run_main
+from gpt2fast import reference
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import device_name, pick_device
 from gpt2fast.model import EPS, SIZES
 from gpt2fast.ops import OpsConfig, build
 
@@ -281,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
     ceilings = {"gb_per_s": copy["gb_per_s"]["median"], "tflops": matmul["tflops"]["median"]}
     measured = f"copies {ceilings['gb_per_s']:,.0f} GB/s, multiplies {ceilings['tflops']:,.1f} TFLOP/s"
     print(f"{device_name(device)}: {measured}; rows in {path}")
-    record, worst = machine.record(), 0
+    record, worst = versions.record(), 0
     for case in cases(sizes, tokens, lengths, device):
         if options.op and case.op not in options.op:
             continue

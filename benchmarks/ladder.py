@@ -25,12 +25,14 @@ from filelock import FileLock
 
 from benchmarks import harness
 from benchmarks.rungs import CLIMB, RUNGS, Rung, refusal, training_step
-from gpt2fast import flops, machine
-from gpt2fast.device import device_name, pick_device
-from gpt2fast.errors import UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import device_name, pick_device
 from gpt2fast.model import SIZES
-from gpt2fast.screen import share
-from gpt2fast.step import TrainingStep
+from gpt2fast.training import flops
+from gpt2fast.training.screen import share
+from gpt2fast.training.step import TrainingStep
 
 LEARNING_RATE = 3e-4
 BATCHES = 4  # of tokens, in turn
@@ -115,7 +117,7 @@ def endless_batches(vocab_size: int, B: int, T: int, device: torch.device):
 
 def climb(options: argparse.Namespace, device: torch.device, path: Path) -> list[dict]:
     """Run each rung in its own process; the rows, which are in `path` as soon as they exist, in the rungs' order."""
-    record = machine.record()
+    record = versions.record()
     settings = {"size": options.size, "B": options.batch_size, "T": options.seq_len, "data": "seeded random ids"}
     rows: list[dict] = []
     end = time.monotonic() + options.budget

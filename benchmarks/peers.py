@@ -26,16 +26,27 @@ import torch
 
 from benchmarks import harness, textbook
 from benchmarks.ladder import LEARNING_RATE, LOSSES, agrees, describe, endless_batches
-from gpt2fast import auto, flops, machine, ops, optim, session
-from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.config import TrainConfig
-from gpt2fast.device import Precision, autocast, device_name, pick_device, pick_precision, set_tf32, use_allowed_cores
-from gpt2fast.errors import UserError, run_main
+from gpt2fast import auto, ops
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import (
+    Precision,
+    autocast,
+    device_name,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    set_tf32,
+    use_allowed_cores,
+)
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, SIZES, GPTConfig
 from gpt2fast.ops import OpsConfig
-from gpt2fast.screen import share
-from gpt2fast.step import TrainingStep
+from gpt2fast.training import flops, optim, session
+from gpt2fast.training.config import TrainConfig
+from gpt2fast.training.screen import share
+from gpt2fast.training.step import TrainingStep
 
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"  # CUDA graphs would need static inputs
 LEAST_SECONDS = 20.0  # a process is not begun with less
@@ -168,7 +179,7 @@ def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: in
 
 def run_all(names: Sequence[str], work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
     """Each peer in its own process, all of them in turn, again and again."""
-    record = machine.record()
+    record = versions.record()
     rows: list[dict] = []
     end = time.monotonic() + options.budget
     hopeless: set[str] = set()  # what was skipped once will be again

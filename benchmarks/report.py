@@ -11,8 +11,9 @@ from pathlib import Path
 
 from benchmarks import floor, harness, plots
 from benchmarks.rows import UNMEASURED, Group, compared, groups, latest, number, origin, reason, rows_of, rung
-from gpt2fast.errors import UserError, run_main
-from gpt2fast.files import write_atomic
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.files.atomic import write_atomic
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 REPRODUCTION = 10**10  # tokens, of FineWeb's sample-10BT

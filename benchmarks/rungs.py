@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from benchmarks import floor
-from gpt2fast import ops, optim
-from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.device import Precision, set_tf32
-from gpt2fast.graph import GraphedStep
+from gpt2fast import ops
+from gpt2fast.machine.device import Precision, keep_freed_memory, set_tf32
 from gpt2fast.model import GPT, SIZES
 from gpt2fast.ops import NAMES, Implementation, OpsConfig
-from gpt2fast.step import TrainingStep
+from gpt2fast.training import optim
+from gpt2fast.training.graph import GraphedStep
+from gpt2fast.training.step import TrainingStep
 
 
 @dataclass(frozen=True)

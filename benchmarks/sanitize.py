@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from gpt2fast.errors import UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
 
 TOOLS = ("memcheck", "racecheck")
 FOUND = 9  # the exit code for "something was found"

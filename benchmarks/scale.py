@@ -30,12 +30,15 @@ from benchmarks import floor, harness, kernels
 from benchmarks.ladder import LEARNING_RATE, endless_batches
 from benchmarks.rows import rows_of
 from benchmarks.rungs import ALL, FUSED, Rung, refusal, training_step
-from gpt2fast import flops, machine, ops
-from gpt2fast.device import device_name, pick_device
-from gpt2fast.errors import UserError, run_main
+from gpt2fast import ops
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import device_name, pick_device, synchronize
 from gpt2fast.model import GPT, SIZES
-from gpt2fast.screen import share
-from gpt2fast.step import TrainingStep, compiled, synchronize
+from gpt2fast.training import flops
+from gpt2fast.training.screen import share
+from gpt2fast.training.step import TrainingStep, compiled
 
 LENGTHS = (1024, 512, 2048, 4096)  # what matters most comes first
 LEAST_SECONDS = 15.0  # a process is not begun with less
@@ -139,7 +142,7 @@ def measure(configuration: Configuration, tries: Path, options: argparse.Namespa
 
 def run_all(options: argparse.Namespace, device: torch.device, path: Path) -> list[dict]:
     """Each configuration apart, all in turn, again and again; rows are in `path` as soon as they exist."""
-    record, rows = machine.record(), []
+    record, rows = versions.record(), []
     end = time.monotonic() + options.budget
     for repetition in range(options.repetitions):
         for configuration in configurations(options.size, options.lengths, not options.plain):

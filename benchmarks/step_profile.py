@@ -11,7 +11,7 @@ from benchmarks import floor, ladder
 from benchmarks.harness import peak_memory
 from benchmarks.rungs import Rung, refusal, training_step
 from gpt2fast.errors import UserError
-from gpt2fast.step import synchronize
+from gpt2fast.machine.device import synchronize
 
 STEPS = 3
 # The first pattern that fits a kernel's name decides. Names of cuBLAS, cuDNN, CUTLASS, ATen, Inductor, and our own.

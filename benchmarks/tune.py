@@ -26,9 +26,10 @@ from torch import Tensor
 
 from benchmarks import harness, kernels
 from benchmarks.settings import Kernel, PerProcessor, cases, ready, tunables
-from gpt2fast import machine
-from gpt2fast.device import device_name
-from gpt2fast.errors import UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import device_name
 
 UNUSED = "not used at this shape on this device"
 MATTERS = 0.99  # of the time with the setting that stands: less is worth a change
@@ -222,7 +223,7 @@ def run(chosen: Sequence[Kernel], options: argparse.Namespace, device: torch.dev
     print(f"{device_name(device)}: {sum(len(k.values) for k in chosen)} settings; rows in {path}", flush=True)
     bad = compile_all(chosen, options) if options.jobs else {}
     print(f"compiled; {len(bad)} fail", flush=True)
-    known, record, rows = cases(options.tokens, options.seq_len, options.size, device), machine.record(), []
+    known, record, rows = cases(options.tokens, options.seq_len, options.size, device), versions.record(), []
     for kernel in chosen:
         of = list(tune(kernel, known[kernel.op], bad, device, end))
         ran = [row for row in of if row["status"] == "ok"]

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from gpt2fast import __version__, ops
-from gpt2fast.device import device_name
-from gpt2fast.errors import UserError
-from gpt2fast.files import write_atomic
+from gpt2fast.errors import UserError, describe
+from gpt2fast.files.atomic import write_atomic
+from gpt2fast.machine.device import device_name
 from gpt2fast.measure import Result, Workload, measure_op
 from gpt2fast.ops import NAMES, OpsConfig
 
@@ -173,10 +173,10 @@ def load_cache(say: Callable[[str], None]) -> dict[str, Times]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        say(f"note: {cache_file()} is damaged and is written anew ({_line(error)})")
+        say(f"note: {cache_file()} is damaged and is written anew ({describe(error)})")
         return {}
     except (OSError, RuntimeError) as error:
-        say(f"note: the cache of --backend auto cannot be read ({_line(error)}): the ops are measured again")
+        say(f"note: the cache of --backend auto cannot be read ({describe(error)}): the ops are measured again")
         return {}
     return entries
 
@@ -189,7 +189,7 @@ def save_cache(entries: dict[str, Times], say: Callable[[str], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(newest, indent=1) + "\n")
     except (OSError, RuntimeError) as error:
-        say(f"note: the cache of --backend auto cannot be written ({_line(error)}): the next run measures again")
+        say(f"note: the cache of --backend auto cannot be written ({describe(error)}): the next run measures again")
 
 
 def _fault(entries: object) -> str:
@@ -226,7 +226,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

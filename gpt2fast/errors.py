@@ -1,7 +1,6 @@
-"""The one exception that means: the person can fix this. Its text names the value, the limit and the remedy."""
+"""The two exceptions that mean: the person can fix this. Their text names the value, the limit and the remedy."""
 
-import sys
-from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -16,19 +15,19 @@ class RunError(UserError):
     exit_code = 1
 
 
-def arguments() -> list[str]:
-    """What stands on the command line. A -- before it keeps it from torchrun, which has options like --run itself."""
-    return sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]
+def one_line(error: BaseException | str) -> str:
+    """The message of `error`, its white space made single spaces."""
+    return " ".join(str(error).split())
 
 
-def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run `main(argv)` as a program: a UserError becomes one line on stderr and its exit code."""
-    try:
-        code = main(arguments())
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+def describe(error: BaseException, limit: int = 200) -> str:
+    """The class and up to `limit` characters of the message of an unexpected error, on one line."""
+    return f"{type(error).__name__}: {one_line(error)[:limit]}"
+
+
+def check_at_least(settings: Any, **least: float) -> None:
+    """Raise UserError if a setting of these names is less than its limit, or NaN; None passes."""
+    for name, limit in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= limit:  # written so that NaN fails
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {limit}")

@@ -20,13 +20,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gpt2fast import llmc, pretrained, run, tokenizer
-from gpt2fast.errors import RunError, UserError, run_main
-from gpt2fast.files import publish, sync
-from gpt2fast.huggingface import FIXED, SIZES
-from gpt2fast.layout import TRANSPOSED
+from gpt2fast.command import parse, run_main
+from gpt2fast.data import tokenizer
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.files.atomic import check_new, publish, sync
+from gpt2fast.files.locked import locked
 from gpt2fast.model import INIT_STD, VOCAB_SIZE, GPTConfig
-from gpt2fast.weights import Weights
+from gpt2fast.weights import llmc
+from gpt2fast.weights.foreign import Weights
+from gpt2fast.weights.huggingface import FIXED, SIZES
+from gpt2fast.weights.layout import TRANSPOSED
+from gpt2fast.weights.load import read_weights
 
 END = "<|endoftext|>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,12 +52,11 @@ class ExportConfig:
 
 def export(c: ExportConfig) -> tuple[Weights, list[str]]:
     """Read and write; the weights and the names of what was written. UserError on bad input: nothing is left behind."""
-    if c.out.exists() or c.out.is_symlink():
-        raise UserError(f"{c.out} already exists: choose another name with --out")
+    check_new(c.out)
     if (c.format == "llm.c") != (c.out.suffix == ".bin"):
         wanted = "a file ending in .bin" if c.format == "llm.c" else "a folder, so without .bin"
         raise UserError(f"--out is {c.out}: the format {c.format} needs {wanted}")
-    weights = pretrained.read(c.source)
+    weights = read_weights(c.source)
     try:
         c.out.parent.mkdir(parents=True, exist_ok=True)
         write = write_llmc if c.format == "llm.c" else write_huggingface
@@ -82,7 +85,7 @@ def write_huggingface(weights: Weights, folder: Path, dtype: torch.dtype) -> lis
     texts["generation_config.json"] = _json(_special_tokens(weights.config))
     texts |= _tokenizer_files(weights.config)
     partial = folder.with_name(f"{folder.name}.partial")
-    with run.locked(partial):
+    with locked(partial):
         try:
             for old in partial.iterdir():
                 if old.name != "lock":
@@ -158,9 +161,7 @@ def _json(values: dict) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    import tyro
-
-    c = tyro.cli(ExportConfig, args=argv, prog="python -m gpt2fast.export", config=(tyro.conf.PositionalRequiredArgs,))
+    c = parse(ExportConfig, argv, "gpt2fast.export")
     weights, written = export(c)
     print(f"from    {weights.where}")
     print(f"wrote   {c.out}: {', '.join(written)}")

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from gpt2fast import ops
-from gpt2fast.device import DTYPES, Precision, autocast, device_name
-from gpt2fast.errors import RunError
+from gpt2fast.errors import RunError, describe
+from gpt2fast.machine.device import DTYPES, Precision, autocast, device_name, synchronize
 from gpt2fast.model import EPS, INIT_STD
 from gpt2fast.ops import OpsConfig
-from gpt2fast.step import synchronize
 
 TIMES_WORSE = 2.0  # than torch, at the same precision
 FLOORS = {"fp32": 1e-5, "bf16": 4e-4, "fp16": 5e-5}  # of relative errors, where torch happens to make none
@@ -185,7 +184,7 @@ def attempt(op: str, name: str, device: torch.device, call: Callable[[], Any]) -
     except Exception as error:  # a compiler's, a launch's, no memory: whatever it is, this candidate is out
         if name == "torch":
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = describe(error)
     try:
         synchronize(device)
     except RuntimeError:

@@ -98,6 +98,23 @@ def build(config: OpsConfig, device: str = "cpu") -> Ops:
     return Ops(**functions, cached_attention=modules[chosen["attention"]].cached_attention)
 
 
+def runnable(config: OpsConfig, device: str) -> tuple[OpsConfig, str]:
+    """`config` with torch in place of what cannot run on `device`; and which that is and why, "" if all can."""
+    lost: dict = {}
+    reasons = []
+    for op, name in asdict(config.with_backend("torch")).items():
+        try:
+            build(OpsConfig(**{op: name}), device)
+        except UserError as error:
+            lost[op] = name
+            reasons.append(str(error).partition(": ")[0])
+    if not lost:
+        return config, ""
+    names = ", ".join(f"{op}={name}" for op, name in lost.items())
+    torch_only: dict = dict.fromkeys(lost, "torch")
+    return replace(config, **torch_only), f"{names}, which cannot run here ({reasons[0]})"
+
+
 def check_sizes(config: OpsConfig, C: int, D: int) -> None:
     """UserError if a kernel of `config` cannot take width C or head dimension D."""
     chosen = config.with_backend("torch")

@@ -12,23 +12,23 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tiktoken
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from gpt2fast import corpora, tokenizer
-from gpt2fast.corpora import CORPORA, Source
-from gpt2fast.encoding import encoded
-from gpt2fast.errors import RunError, UserError, run_main
-from gpt2fast.files import publish, write_atomic
-from gpt2fast.flags import named_from
+from gpt2fast.command import named_from, parse, run_main
+from gpt2fast.data import corpora, tokenizer
+from gpt2fast.data.corpora import CORPORA, Source
+from gpt2fast.data.encode import encoded
+from gpt2fast.data.writer import RECORD, Writer
+from gpt2fast.errors import RunError, UserError, check_at_least
+from gpt2fast.files.atomic import check_new, publish, write_atomic
+from gpt2fast.files.locked import locked
 from gpt2fast.model import VOCAB_SIZE
-from gpt2fast.shards import RECORD, Writer
 
 _SMALLER = "name a smaller --shard-tokens"
 
@@ -77,7 +77,8 @@ def prepare(c: PrepareConfig) -> tuple[dict, int]:
     source = _source(c)
     encoding = tokenizer.load(c.tokenizer_file)
     partial = c.folder.with_name(c.folder.name + ".partial")
-    with _locked(partial, c.folder):
+    with locked(partial):  # also while it is renamed
+        check_new(c.folder)  # the process that held the lock may have made it
         identity = {"source": source.name, **source.identity, "split": source.corpus.split, "field": c.field}
         identity |= {"shard-tokens": c.shard_tokens, "max-tokens": c.max_tokens}
         writer = Writer(partial, c.shard_tokens, c.max_tokens, source.corpus.val_first, identity)
@@ -105,21 +106,14 @@ def _check(c: PrepareConfig) -> None:
         raise UserError(f"--val-fraction is for files of your own: of {c.corpus} {CORPORA[c.corpus].split}")
     if not 0 <= (c.val_fraction or 0) <= 0.5:
         raise UserError(f"--val-fraction is {c.val_fraction}: it must lie between 0 and 0.5")
-    for name in ("shard_tokens", "threads", "max_tokens"):
-        if getattr(c, name) is not None and getattr(c, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}: it must be at least 1")
+    check_at_least(c, shard_tokens=1, threads=1, max_tokens=1)
     if c.corpus and CORPORA[c.corpus].val_first and c.max_tokens is not None and c.max_tokens <= c.shard_tokens:
         raise UserError(
             f"--max-tokens {c.max_tokens} leaves no text for training, as the first shard validates: {_SMALLER}"
         )
     if c.shard_tokens >= 2**31:
         raise UserError(f"--shard-tokens is {c.shard_tokens}: the format counts below {2**31}")
-    _check_free(c.folder)
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists():
-        raise UserError(f"{folder} already exists: choose another folder with --out")
+    check_new(c.folder)
 
 
 def _source(c: PrepareConfig) -> Source:
@@ -135,24 +129,6 @@ def _source(c: PrepareConfig) -> Source:
     if source.corpus.sha256 != source.about.get("sha256"):
         print(f"note                 {c.from_} is not the known {c.corpus}: its sha256 is {source.about['sha256']}")
     return source
-
-
-@contextlib.contextmanager
-def _locked(partial: Path, final: Path) -> Iterator[None]:
-    """Make `partial` and hold the lock in it, also while it is renamed to `final`."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(partial / "lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{partial} is in use by another process: wait for it, or choose another --out") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {partial} ({error.strerror}): choose another folder with --out") from None
-    try:
-        _check_free(final)  # the process that held the lock may have made it
-        yield
-    finally:
-        lock.release()
 
 
 def _outcome(error: BaseException, writer: Writer) -> BaseException:
@@ -218,11 +194,7 @@ def _write(c: PrepareConfig, source: Source, encoding: tiktoken.Encoding, writer
 
 
 def main(argv: Sequence[str]) -> None:
-    import tyro
-
-    c = tyro.cli(
-        PrepareConfig, args=argv, prog="python -m gpt2fast.prepare", config=(tyro.conf.PositionalRequiredArgs,)
-    )
+    c = parse(PrepareConfig, argv, "gpt2fast.prepare")
     start = time.perf_counter()
     m, new_tokens = prepare(c)
     about = m["source"]

@@ -8,52 +8,28 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
 
 import tiktoken
 from torch import Tensor
 
-from gpt2fast import ops, pretrained, tokenizer
-from gpt2fast.allocator import keep_freed_memory
-from gpt2fast.decode import EVERY, Decoder, Sampling, generate
-from gpt2fast.device import Precision, pick_device, pick_precision, use_allowed_cores
-from gpt2fast.distributed import World, joined, one_complains
-from gpt2fast.errors import UserError, run_main
+from gpt2fast import ops
+from gpt2fast.command import parse, run_main
+from gpt2fast.data import tokenizer
+from gpt2fast.errors import UserError, check_at_least
+from gpt2fast.inference.decode import EVERY, Decoder, Sampling
+from gpt2fast.inference.text import encode, until_end
+from gpt2fast.machine.device import keep_freed_memory, pick_device, pick_precision, use_allowed_cores
+from gpt2fast.machine.joined import joined, one_complains
+from gpt2fast.machine.world import World
 from gpt2fast.model import GPT, VOCAB_SIZE
 from gpt2fast.ops import Backend
+from gpt2fast.weights.load import build_model, choose_ops, read_weights
 
 SEPARATOR = re.compile(r"\n?<\|endoftext\|>\n?")
 BATCH = 8  # texts at once
-
-
-def sample_text(
-    model: GPT,
-    prompt: str,
-    n: int,
-    *,
-    precision: Precision,
-    seed: int,
-    vocab_file: Path | None = None,
-    sampling: Sampling | None = None,
-) -> str:
-    """The prompt and up to `n` tokens after it. It begins behind <|endoftext|>, as every document in training did, and
-    ends with the next one. Nothing is recorded: a run that trains keeps its memory, and its own graphs, to itself."""
-    encoding = tokenizer.load(vocab_file)
-    tokens = generate(
-        model, [encode(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT,
-        record=False,
-    )  # fmt: skip
-    return prompt + encoding.decode(until_end(tokens[0].tolist()))
-
-
-def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
-    return [tokenizer.EOT, *encoding.encode_ordinary(prompt)]
-
-
-def until_end(tokens: list[int]) -> list[int]:
-    """Without the first <|endoftext|> and what follows it."""
-    return tokens[: tokens.index(tokenizer.EOT)] if tokenizer.EOT in tokens else tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +66,7 @@ class SampleConfig(Sampling):
     """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
 
     def __post_init__(self):
-        least = {"tokens": 1, "samples": 1, "temperature": 0, "top_k": 0, "seed": 0, "batch_size": 1}
-        for name, value in least.items():
-            given = getattr(self, name)
-            if given is not None and not given >= value:
-                raise UserError(f"--{name.replace('_', '-')} is {given}: it must be at least {value}")
+        check_at_least(self, tokens=1, samples=1, temperature=0, top_k=0, seed=0, batch_size=1)
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}: it must be above 0 and at most 1, which is all tokens")
         if self.prompt is not None and self.prompt_file is not None:
@@ -166,15 +138,11 @@ def pieces(decoder: Decoder, seconds: dict[str, float], every: int) -> Iterator[
 
 
 def main(argv: Sequence[str]) -> None:
-    import tyro
-
     keep_freed_memory()
     use_allowed_cores()
     with joined() as world:
         with one_complains(world):
-            options = tyro.cli(
-                SampleConfig, args=argv, prog="python -m gpt2fast.sample", config=(tyro.conf.PositionalRequiredArgs,)
-            )
+            options = parse(SampleConfig, argv, "gpt2fast.sample")
         write(options, world)
 
 
@@ -182,16 +150,17 @@ def write(options: SampleConfig, world: World) -> None:
     """Print the texts, of which each rank writes some batches."""
     if options.stream and world.size > 1:
         raise UserError(f"--stream shows one text at a time, and {world.size} processes write: leave it out")
-    prompts = json.loads(world.share(json.dumps(read_prompts(options) if world.main else None)))
+    prompts = json.loads(world.broadcast(json.dumps(read_prompts(options) if world.main else None)))
     encoding = tokenizer.load(options.tokenizer_file)
     device = pick_device(options.device, world)
-    chosen = pretrained.implementations(options.source, device, options.backend)
+    say = partial(print, file=sys.stderr if options.stream else sys.stdout, flush=True)
+    weights = read_weights(options.source)
+    chosen = choose_ops(weights, device, options.backend, say)
     precision = pick_precision(options.precision, device, ops.interpreted(chosen))
-    model, path = pretrained.load(options.source, device, options.backend)
+    model = build_model(weights, chosen, device)
     rows = [row for row in encode_all(encoding, prompts, model) for _ in range(options.samples)]
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
-    about = sys.stderr if options.stream else sys.stdout
-    print(f"{path} on {device}, {precision}", file=about, flush=True)
+    say(f"{weights.where} on {device}, {precision}")
 
     seconds, written = {"prefill": 0.0, "decode": 0.0}, 0
     batch_size = options.batch_size or (1 if options.stream else BATCH)
@@ -214,7 +183,7 @@ def write(options: SampleConfig, world: World) -> None:
             if writer:
                 writer.write([], final=True)
                 print()
-        hands = map(json.loads, world.gather(json.dumps(texts)))
+        hands = map(json.loads, world.all_gather(json.dumps(texts)))
         for i, text in enumerate(itertools.chain.from_iterable(hands), first):
             text = until_end(text) if options.stop else text
             written += len(text)
@@ -222,10 +191,9 @@ def write(options: SampleConfig, world: World) -> None:
                 begin(i, prompts)
                 print(encoding.decode(text))
     read = sum(map(len, rows))
-    print(
+    say(
         f"read {read:,} tokens at {read / seconds['prefill']:,.0f} tokens/s, wrote {written:,} at "
-        f"{max(0, written - len(rows)) / max(seconds['decode'], 1e-9):,.0f} tokens/s",
-        file=about,
+        f"{max(0, written - len(rows)) / max(seconds['decode'], 1e-9):,.0f} tokens/s"
     )
 
 

@@ -42,11 +42,11 @@ def prepare() -> None:
     """Before test files are imported."""
     import torch
 
-    from gpt2fast import allocator
+    from gpt2fast.machine import device
     from tests.tools.gpu import CUDA
 
     torch.set_num_threads(THREADS)
-    allocator.keep_freed_memory = lambda: False  # for good: this process would keep the memory of all its tests
+    device.keep_freed_memory = lambda: False  # for good: this process would keep the memory of all its tests
     if not CUDA:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch has not done yet
         from tests.tools import interpreter

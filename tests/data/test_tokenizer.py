@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2fast import tokenizer
+from gpt2fast.data import tokenizer
 from gpt2fast.errors import UserError
 
 # Both are known from GPT-2's own encoder; the second has leading spaces, contractions, digits and other scripts.

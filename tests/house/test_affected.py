@@ -44,9 +44,9 @@ def test_mutants_themselves():
 @pytest.mark.parametrize(
     ("path", "test"),
     [
-        ("gpt2fast/checkpoint.py", "tests/long/test_kills.py"),
-        ("gpt2fast/openai.py", "tests/long/test_fuzz.py"),
-        ("gpt2fast/distributed.py", "tests/long/test_hosts.py"),
+        ("gpt2fast/weights/checkpoint.py", "tests/long/test_kills.py"),
+        ("gpt2fast/weights/openai.py", "tests/long/test_fuzz.py"),
+        ("gpt2fast/machine/world.py", "tests/long/test_hosts.py"),
         ("tests/long/soak.py", "tests/long/test_soak.py"),
         ("tests/long/test_hosts.py", "tests/long/test_hosts.py"),
         ("README.md", "tests/house/test_readme.py"),

@@ -1,72 +1,29 @@
-"""Who may import whom. The table is exact: a new file, and a new arrow, must be written down here."""
+"""The law: who may import whom, folder by folder."""
 
 import ast
 import sys
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 from tests.tools.checkout import CHECKOUT
+from tests.tools.rooms import FILES, FOLDERS, PROGRAMS
 
-ARROWS = {
-    # module of gpt2fast: modules of gpt2fast that it imports
-    "allocator": "",
-    "auto": "device errors files measure ops",
-    "cache": "model",
-    "checkpoint": "containers distributed errors files model records",
-    "config": "corpus errors model ops records",
-    "containers": "errors records",
-    "corpora": "download errors sources",
-    "corpus": "errors tokenizer",
-    "cpu": "reference",
-    "data": "containers errors records",
-    "decode": "cache device graph model reference rounded",
-    "device": "distributed errors",
-    "encoding": "sources tokenizer",
-    "distributed": "errors",
-    "errors": "",
-    "download": "errors",
-    "evaluate": "allocator config data device distributed errors files flags hellaswag machine model ops pretrained "
-    "reference session",
-    "export": "errors files huggingface layout llmc model pretrained run tokenizer weights",
-    "files": "",
-    "flags": "",
-    "flops": "model",
-    "graph": "model optim step",
-    "hellaswag": "data device distributed download errors model records reference tokenizer",
-    "huggingface": "containers errors model records",
-    "inspect": "checkpoint config errors evaluate pictures plot pretrained session weights",
-    "kernels": "kernels",  # its own files
-    "layout": "model",
-    "llmc": "errors layout model",
-    "machine": "device",
-    "measure": "device errors model ops step",
-    "model": "errors ops reference",
-    "nanogpt": "containers errors layout model records",
-    "openai": "containers errors model records",
-    "ops": "cpu errors kernels reference",
-    "optim": "distributed",
-    "pictures": "model",
-    "plot": "files",
-    "prepare": "corpora encoding errors files flags model shards tokenizer",
-    "pretrained": "auto checkpoint config containers errors model ops records weights",
-    "records": "",
-    "reference": "",
-    "rounded": "model",
-    "run": "errors files",
-    "sample": "allocator decode device distributed errors model ops pretrained tokenizer",
-    "screen": "device model session",
-    "session": "auto checkpoint config corpus data device distributed errors flops graph hellaswag measure model ops "
-    "optim pretrained run step tokenizer weights",
-    "shards": "containers data errors files model records sources",
-    "sources": "errors",
-    "spikes": "",
-    "step": "device distributed model optim rounded",
-    "tokenizer": "errors",
-    "train": "allocator checkpoint config device distributed errors evaluate files hellaswag machine optim plot run "
-    "sample screen session spikes",
-    "weights": "containers errors huggingface layout llmc model nanogpt openai records",
-}
+LAW = """
+files      -> errors
+machine    -> files errors
+model      -> machine files errors
+data       -> model files errors
+inference  -> model data machine files errors
+weights    -> model machine files errors
+training   -> files machine model data inference weights errors
+programs   -> files machine model data inference weights training errors command
+"""
+MAY = {
+    "errors": set(), "command": {"errors"}, "kernels": set(),
+    **{line.split(" -> ")[0].strip(): set(line.split(" -> ")[1].split()) for line in LAW.strip().splitlines()},
+}  # fmt: skip
 
 KERNELS = {
     # file of kernels/: files of kernels/ that it imports
@@ -86,16 +43,23 @@ KERNELS = {
     "registration": "launch",
 }
 
-# nothing but a program imports one of these
-PROGRAMS = {"evaluate", "export", "inspect", "prepare", "sample", "screen", "session", "train"}
 EXTERNAL = {"reference": {"torch"}, "ops": {"torch"}, "model": {"torch"}, "errors": set()}  # where that matters
 HEAVY = {  # imported when needed, if ever
     "tyro", "triton", "transformers", "matplotlib", "tensorboard", "pyarrow", "datasets", "huggingface_hub",
 }  # fmt: skip
+OURS = [path for path in FILES if path.startswith("gpt2fast/")]
 
 
-def parse(folder: str, module: str) -> ast.Module:
-    return ast.parse((CHECKOUT / folder / f"{module}.py").read_text())
+def folder_of(name: str) -> str:
+    """gpt2fast.training.optim, or gpt2fast/training/optim.py -> training; on top: model, programs, or itself."""
+    parts = name.removesuffix(".py").replace("/", ".").split(".")
+    if parts[1] in (*FOLDERS, "errors", "command", "kernels"):
+        return parts[1]
+    return "programs" if parts[1] in PROGRAMS else "model"
+
+
+def parse(path: str) -> ast.Module:
+    return ast.parse((CHECKOUT / path).read_text())
 
 
 def imports(tree: ast.AST, package: str) -> set[str]:
@@ -114,10 +78,19 @@ def imports(tree: ast.AST, package: str) -> set[str]:
     return names
 
 
-def ours(names: set[str], package: str, modules: set[str]) -> set[str]:
-    """The members of `package` among full names: of gpt2fast, "model" for "gpt2fast.model.GPT"."""
-    rests = {name.removeprefix(f"{package}.").split(".")[0] for name in names if name.startswith(f"{package}.")}
-    return rests & modules
+def ours(path: str) -> set[str]:
+    """What a file of gpt2fast imports of gpt2fast: its modules, as paths, or "kernels"."""
+    found = set()
+    for name in imports(parse(path), ".".join(Path(path).parent.parts)):
+        parts = name.split(".")
+        if parts[0] != "gpt2fast" or name == "gpt2fast.__version__":
+            continue
+        if parts[1] == "kernels":
+            found.add("gpt2fast/kernels.py")
+            continue
+        candidates = ("/".join(parts[:end]) + ".py" for end in (3, 2))
+        found.add(next((path for path in candidates if path in OURS), f"no such module: {name}"))
+    return found
 
 
 def stems(folder: str) -> set[str]:
@@ -128,49 +101,50 @@ def third_party(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"gpt2fast"}
 
 
-def test_every_module_declares_its_arrows():
-    assert set(ARROWS) == stems("gpt2fast")
+@pytest.mark.parametrize("path", OURS)
+def test_it_imports_what_the_law_allows(path):
+    arrows = {folder_of(other) for other in ours(path)} - {"kernels"}
+    folder = folder_of(path)
+    assert arrows <= MAY[folder] | ({folder} if folder not in ("programs", "errors", "command") else set())
+    if "/" not in path.removeprefix("gpt2fast/") and Path(path).stem in EXTERNAL:
+        assert third_party(imports(parse(path), "gpt2fast")) == EXTERNAL[Path(path).stem]
+
+
+def test_no_arrow_leads_back():
+    TopologicalSorter({path: ours(path) - {path} for path in OURS}).prepare()
+    TopologicalSorter({module: arrows.split() for module, arrows in KERNELS.items()}).prepare()
+
+
+def test_every_kernel_file_declares_its_arrows():
     assert set(KERNELS) == stems("kernels")
-
-
-@pytest.mark.parametrize("module", ARROWS)
-def test_gpt2fast_imports_what_the_table_says(module):
-    names = imports(parse("gpt2fast", module), "gpt2fast")
-    assert ours(names, "gpt2fast", set(ARROWS)) == set(ARROWS[module].split())
-    if module in EXTERNAL:
-        assert third_party(names) == EXTERNAL[module]
 
 
 @pytest.mark.parametrize("module", KERNELS)
 def test_kernels_import_torch_triton_and_each_other(module):
-    names = imports(parse("kernels", module), "gpt2fast.kernels")
-    assert ours(names, "gpt2fast.kernels", set(KERNELS)) == set(KERNELS[module].split())
-    assert {name for name in names if f"{name}.".startswith("gpt2fast.") and "gpt2fast.kernels." not in name} == set()
+    names = imports(parse(f"kernels/{module}.py"), "gpt2fast.kernels")
+    package = "gpt2fast.kernels."
+    assert {name.removeprefix(package).split(".")[0] for name in names if name.startswith(package)} == set(
+        KERNELS[module].split()
+    )
+    assert {name for name in names if f"{name}.".startswith("gpt2fast.") and package not in name} == set()
     assert third_party(names) <= {"torch", "triton"}
-
-
-def test_no_arrow_leads_back():
-    TopologicalSorter({module: set(arrows.split()) - {module} for module, arrows in ARROWS.items()}).prepare()
-    TopologicalSorter({module: arrows.split() for module, arrows in KERNELS.items()}).prepare()
-
-
-def test_only_programs_import_programs():
-    assert {module for module, arrows in ARROWS.items() if PROGRAMS & set(arrows.split())} <= PROGRAMS
 
 
 @pytest.mark.parametrize("folder", ["gpt2fast", "kernels", "benchmarks"])
 def test_nothing_imports_tests_and_only_benchmarks_import_benchmarks(folder):
-    forbidden = {"tests", *stems("tests")} | ({"benchmarks"} if folder != "benchmarks" else set())
-    for module in stems(folder):
-        assert not {name.split(".")[0] for name in imports(parse(folder, module), folder)} & forbidden, module
+    forbidden = {"tests"} | ({"benchmarks"} if folder != "benchmarks" else set())
+    for path in FILES:
+        if path.startswith(f"{folder}/"):
+            assert not {name.split(".")[0] for name in imports(parse(path), folder)} & forbidden, path
 
 
 def test_ops_alone_chooses_kernels_and_inside_a_function():
-    assert [module for module, arrows in ARROWS.items() if "kernels" in arrows.split()] == ["kernels", "ops"]
+    users = [path for path in OURS if "gpt2fast/kernels.py" in ours(path)]
+    assert users == ["gpt2fast/kernels.py", "gpt2fast/ops.py"]
     places = [
         getattr(statement, "name", "at the top")
-        for statement in parse("gpt2fast", "ops").body
-        if ours(imports(statement, "gpt2fast"), "gpt2fast", {"kernels"})
+        for statement in parse("gpt2fast/ops.py").body
+        if any(name.startswith("gpt2fast.kernels") for name in imports(statement, "gpt2fast"))
     ]
     assert places == ["_implementation"]
 
@@ -194,7 +168,8 @@ def test_the_torch_path_works_where_triton_is_not_installed(fresh_python):
 import sys
 sys.modules["triton"] = sys.modules["gpt2fast.kernels"] = None  # importing either is now an ImportError
 import torch
-from gpt2fast import model, ops, optim
+from gpt2fast import model, ops
+from gpt2fast.training import optim
 gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=64), ops.build(ops.OpsConfig()))
 idx = torch.arange(8)[None]
 gpt(idx, idx).backward()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gpt2fast.cache import Cache
-from gpt2fast.device import DTYPES, autocast
+from gpt2fast.inference.cache import Cache
+from gpt2fast.machine.device import DTYPES, autocast
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
 from tests.tools.accuracy import assert_as_accurate

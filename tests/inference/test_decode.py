@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gpt2fast import decode, graph
-from gpt2fast.decode import Decoder, Sampling, choose, generate
+from gpt2fast.inference import decode
+from gpt2fast.inference.decode import Decoder, Sampling, choose, generate
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
 from tests.tools.inputs import randomise
@@ -294,7 +294,7 @@ def test_a_recorded_step_writes_the_same(sampling, precision, model, monkeypatch
         recorded = record(work, other)
         return SimpleNamespace(replay=lambda: replays.append(1) or recorded.replay())
 
-    monkeypatch.setattr(graph, "record", counted)
+    monkeypatch.setattr(decode, "record_graph", counted)
     settings = {"seeds": range(4), "precision": precision, "stop": ending(model, 17)[1]}
     want = torch.cat(list(Decoder(model, PROMPTS, 30, sampling, **settings).stream()), 1)
     assert not replays

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2fast import hellaswag, ops, tokenizer
+from gpt2fast import ops
+from gpt2fast.data import tokenizer
 from gpt2fast.errors import RunError, UserError
-from gpt2fast.hellaswag import Example
+from gpt2fast.inference import hellaswag
+from gpt2fast.inference.hellaswag import Example
 from gpt2fast.model import GPT
 from tests.tools.accuracy import assert_as_accurate
 from tests.tools.hellaswag import CONFIG, ROWS, build, write_bin, write_jsonl

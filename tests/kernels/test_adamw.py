@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt2fast import checkpoint, kernels, optim
+from gpt2fast import kernels
 from gpt2fast.kernels import launch
 from gpt2fast.kernels.adamw import ALIGNED, CORRECTION, NUMBERS, ParameterTable
 from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
+from gpt2fast.training import optim
+from gpt2fast.weights import checkpoint
 from tests.tools import tiny
 from tests.tools.accuracy import FEW, assert_as_accurate
 from tests.tools.inputs import DTYPES, normal

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from gpt2fast import machine
 from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
 from tests.tools import damage
 from tests.tools.bounded import WAIT, clear, run, run_case
 from tests.tools.targets import TARGETS
@@ -114,7 +114,7 @@ def main() -> int:
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             check_sound(name, Path(work))
-    record = machine.record()
+    record = versions.record()
     found = fuzz(names, o.seconds, o.first)
     for name, row in found.items():
         counts = ", ".join(f"{n:,} {outcome}" for outcome, n in sorted(row["outcomes"].items()))

@@ -23,8 +23,11 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from benchmarks import harness
-from gpt2fast import checkpoint, machine, run
-from gpt2fast.errors import RunError, UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.machine import versions
+from gpt2fast.training import run
+from gpt2fast.weights import checkpoint
 from tests.long import small
 from tests.tools.programs import Program
 
@@ -191,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = kills(Path(folder), options.kills, options.seed, say)
     seconds = round(time.monotonic() - start, 1)
-    harness.append_row(path, {"suite": "kills", "seconds": seconds, **found, "machine": machine.record()})
+    harness.append_row(path, {"suite": "kills", "seconds": seconds, **found, "machine": versions.record()})
     hit = ", ".join(f"{n} {name}" for name, n in sorted(found["phases"].items()))
     print(f"{found['kills']} kills in {seconds:,.0f} s: {hit}; at most {found['most_lost']} steps lost of {EVERY}")
     print(f"step {found['steps']} beside a run that nobody disturbed: {found['different'] or 'the same bits'}")

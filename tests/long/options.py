@@ -21,11 +21,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from gpt2fast import machine, run
-from gpt2fast.config import PRESETS, TrainConfig
-from gpt2fast.device import Precision, device_name, pick_device
-from gpt2fast.errors import UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.machine.device import Precision, device_name, pick_device
 from gpt2fast.ops import NAMES, OpsConfig
+from gpt2fast.training import run
+from gpt2fast.training.config import PRESETS, TrainConfig
 
 WINDOW = 20  # steps
 SEEDS = (1, 2, 3, 4)
@@ -171,7 +173,7 @@ def main(argv: Sequence[str], do: Callable[..., dict] = apart) -> int:
         return 0
     path = options.file or harness.results_file("options")
     print(f"{options.steps} steps of nano, B {options.batch_size}, on {device_name(device)}; rows in {path}")
-    record, start = machine.record(), time.monotonic()
+    record, start = versions.record(), time.monotonic()
     rows = []
     with ThreadPoolExecutor(options.jobs if device.type == "cpu" else 1) as pool:
         runs = plan(options.option, device)

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from gpt2fast import machine, run
-from gpt2fast.errors import RunError, UserError, run_main
+from gpt2fast.command import run_main
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.machine import versions
+from gpt2fast.training import run
 from tests.long import small
 
 FLAGS = {  # by backend: nano; and a model that the interpreter gets through
@@ -100,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
                 **compare(rows, one),
             }
             found["seconds"] = round(time.monotonic() - start, 1)
-            harness.append_row(path, found | {"flags": shlex.join(flags), "machine": machine.record()})
+            harness.append_row(path, found | {"flags": shlex.join(flags), "machine": versions.record()})
             print(
                 f"{size} processes: {found['numbers']} losses and norms differ from one's by at most "
                 f"{found['largest_relative_difference']:.1e}, {found['in_units_of_fp32']} units of fp32; "

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2fast import checkpoint, data, train
-from gpt2fast.errors import run_main
+from gpt2fast import train
+from gpt2fast.command import run_main
+from gpt2fast.data import shards
+from gpt2fast.weights import checkpoint
 from tests.tools import programs
 from tests.tools.programs import Program
 
@@ -27,7 +29,7 @@ def write_data(folder: Path, tokens: int = 3000) -> None:
     for name, n in (("train_0", tokens // 3), ("train_1", tokens - tokens // 3), ("val", 200)):
         first = 2 * random.integers(0, 100, n // 2)
         pairs = np.stack([first, first + 1], 1).ravel().astype(np.uint16)
-        data.write_shard(folder / "data" / f"{name}.bin", pairs)
+        shards.write_shard(folder / "data" / f"{name}.bin", pairs)
 
 
 def start(folder: Path, *flags: str, do: Callable[[Sequence[str]], int] = train.main) -> Program | subprocess.Popen:

@@ -24,8 +24,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import harness
-from gpt2fast import machine, run, train
-from gpt2fast.errors import UserError, run_main
+from gpt2fast import train
+from gpt2fast.command import run_main
+from gpt2fast.errors import UserError
+from gpt2fast.machine import versions
+from gpt2fast.training import run
 from tests.long import small
 from tests.tools.programs import Program
 
@@ -187,7 +190,7 @@ def main(argv: Sequence[str], do: Callable[[Sequence[str]], int] = train.main) -
     for row in samples:
         harness.append_row(path, {"suite": "soak", **row})
     seconds = round(time.monotonic() - start, 1)
-    harness.append_row(path, {"suite": "soak", "seconds": seconds, **found, "machine": machine.record()})
+    harness.append_row(path, {"suite": "soak", "seconds": seconds, **found, "machine": versions.record()})
     print(describe(found))
     print(f"{options.steps} steps in {seconds:,.0f} s; rows in {path}")
     return int(bool(found["faults"]))

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2fast import checkpoint
 from gpt2fast import train as program
-from gpt2fast.run import read_metrics
+from gpt2fast.training.run import read_metrics
+from gpt2fast.weights import checkpoint
 from tests.tools import ranks, tiny
 from tests.tools.checkout import CHECKOUT
 from tests.tools.gpu import CUDA

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gpt2fast import checkpoint
 from gpt2fast.errors import UserError
+from gpt2fast.weights import checkpoint
 from tests.long import kills
 
 pytestmark = pytest.mark.long

@@ -8,6 +8,7 @@ import pytest
 
 from gpt2fast import train
 from gpt2fast.errors import UserError
+from gpt2fast.training import log
 from tests.long import soak
 
 pytestmark = pytest.mark.long
@@ -71,13 +72,13 @@ KEPT: list = []
 
 def leaking(argv):
     """Training that keeps 2 MB and an open file of each step."""
-    step = train.Log.step
+    step = log.Log.step
 
     def leak(self, *args):
         KEPT.append((bytes(range(256)) * 8192, os.open("log", os.O_RDONLY)))
         step(self, *args)
 
-    train.Log.step = leak
+    log.Log.step = leak
     return train.main(argv)
 
 

@@ -4,10 +4,10 @@ import platform
 
 CODE = """
 import platform
-from gpt2fast import allocator
-print(allocator.keep_freed_memory())
+from gpt2fast.machine import device
+print(device.keep_freed_memory())
 platform.libc_ver = lambda: ("", "")
-print(allocator.keep_freed_memory())
+print(device.keep_freed_memory())
 """
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gpt2fast import device
 from gpt2fast.errors import UserError
+from gpt2fast.machine import device
 
 
 @pytest.fixture
@@ -105,6 +105,6 @@ def test_what_is_interpreted_runs_in_fp32():
 def test_auto_is_fp32_where_torch_is_told_to_do_without_bf16(fresh_python, limit):
     """By variables that are read once. In bf16 a step of nano takes minutes with the one, and fails with the other."""
     code = (
-        "import torch; from gpt2fast.device import pick_precision; print(pick_precision('auto', torch.device('cpu')))"
+        "import torch; from gpt2fast.machine.device import pick_precision as p; print(p('auto', torch.device('cpu')))"
     )
     assert fresh_python("-c", code, check=True, env=limit).stdout == "fp32\n"

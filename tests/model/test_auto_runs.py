@@ -7,11 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from gpt2fast import auto, config, ops, pretrained, sample, screen
+from gpt2fast import auto
 from gpt2fast.errors import RunError, UserError
+from gpt2fast.inference.decode import generate
 from gpt2fast.ops import NAMES, OpsConfig
-from gpt2fast.session import prepare
 from gpt2fast.train import train
+from gpt2fast.training import config, screen
+from gpt2fast.training.session import prepare
+from gpt2fast.weights import load
 from tests.tools import tiny
 from tests.tools.runs import assert_same_run, metrics
 
@@ -144,20 +147,14 @@ def test_a_choice_is_recalled_where_it_can_be_built(chosen, device, interpret, e
     assert found == (expected and OpsConfig(mlp="torch").with_backend(expected))
 
 
-@pytest.mark.parametrize("chosen", ["compiled", "triton"])
-def test_a_run_is_sampled_with_its_choice_or_else_with_torch(chosen, tmp_path, capsys, planted, monkeypatch):
+def test_a_run_is_sampled_with_its_choice(tmp_path, planted):
     c = tiny.config(tmp_path, backend="auto", steps=2, warmup=1)
     train(c)
-    stored = record(c)
-    stored["resolved"]["ops"] = dict.fromkeys(NAMES, chosen)
-    (c.folder / "config.json").write_text(json.dumps(stored))
-    built = []
-    real = ops.build
-    monkeypatch.setattr(ops, "build", lambda config, device: built.append(config) or real(config, device))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    model, _ = pretrained.load(c.folder, CPU)
-    assert built[-1].with_backend("torch") == OpsConfig().with_backend("torch" if chosen == "triton" else chosen)
-    assert sample.generate(model, torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 3)
+    weights = load.read_weights(c.folder)
+    assert set(asdict(weights.state["ops"]).values()) == {"compiled"}
+    model = load.load_model(c.folder, CPU)
+    assert all(isinstance(getattr(model.ops, op), partial) for op in NAMES)  # compiled, as `planted` does it
+    assert generate(model, torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 3)
 
 
 def test_the_command_line_where_triton_is_not_installed(tmp_path, run_python, cache_home):

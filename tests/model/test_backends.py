@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from gpt2fast import optim
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import NAMES, OpsConfig, build
-from gpt2fast.step import TrainingStep
+from gpt2fast.training import optim
+from gpt2fast.training.step import TrainingStep
 from tests.tools import tiny
 from tests.tools.accuracy import assert_as_accurate
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from gpt2fast import cpu, optim, reference
-from gpt2fast.device import autocast
+from gpt2fast import cpu, reference
+from gpt2fast.machine.device import autocast
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import Ops
-from gpt2fast.step import TrainingStep
+from gpt2fast.training import optim
+from gpt2fast.training.step import TrainingStep
 from tests.tools.accuracy import Results, assert_as_accurate, assert_kernel_is_as_accurate, outputs_and_gradients
 from tests.tools.inputs import normal, randomise
 from tests.tools.instructions import attends

@@ -8,8 +8,8 @@ import torch
 
 from gpt2fast import measure, reference
 from gpt2fast.auto import fastest
-from gpt2fast.device import autocast
 from gpt2fast.errors import RunError
+from gpt2fast.machine.device import autocast
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import NAMES, Ops, OpsConfig, build

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt2fast import flops, ops, optim
-from gpt2fast.device import autocast
+from gpt2fast import ops
 from gpt2fast.errors import UserError
+from gpt2fast.machine.device import autocast
 from gpt2fast.model import GPT, SIZES, GPTConfig, parameter_count
-from gpt2fast.step import TrainingStep, compiled
+from gpt2fast.training import flops, optim
+from gpt2fast.training.step import TrainingStep, compiled
 
 OPS = ops.build(ops.OpsConfig())
 TINY = GPTConfig(n_layer=2, n_head=3, n_embd=24, block_size=16, vocab_size=70)  # padded to 128

@@ -2,10 +2,10 @@
 
 import pytest
 
-from gpt2fast import pretrained
-from gpt2fast.config import TrainConfig
 from gpt2fast.train import train
-from gpt2fast.weights import Weights
+from gpt2fast.training.config import TrainConfig
+from gpt2fast.weights import load
+from gpt2fast.weights.foreign import Weights
 from tests.tools import tiny
 
 
@@ -19,4 +19,4 @@ def finished(tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def weights(finished) -> Weights:
-    return pretrained.read(finished.folder)
+    return load.read_weights(finished.folder)

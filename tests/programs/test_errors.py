@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2fast import errors
+from gpt2fast import command
 from gpt2fast.errors import RunError, UserError
 from tests.tools import tiny
 
@@ -23,6 +23,6 @@ def test_exit_codes(capsys, error, code):
         raise error
 
     with pytest.raises(SystemExit) as exit:
-        errors.run_main(fail)
+        command.run_main(fail)
     assert exit.value.code == code
     assert capsys.readouterr().err == "error: a b\n"

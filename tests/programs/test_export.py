@@ -11,14 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gpt2fast import export, tokenizer, weights
+from gpt2fast import export
+from gpt2fast.data import tokenizer
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.export import ExportConfig
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
-from tests.tools import foreign
+from gpt2fast.weights import foreign
+from tests.tools import foreign_files
 from tests.tools.accuracy import assert_as_accurate
-from tests.tools.foreign import CONFIG, conv1d, random_tensors
+from tests.tools.foreign_files import CONFIG, conv1d, random_tensors
 
 IDX = torch.tensor([[1, 2, 3, 49, 0, 7, 7, 8], [9, 8, 7, 6, 5, 4, 3, 2]])
 BY_HUGGING_FACE = """
@@ -42,8 +44,8 @@ torch.save(results, "results.pt")
 
 def stored(folder: Path, config: GPTConfig = CONFIG) -> Path:
     """A Hugging Face folder of random weights to begin with."""
-    return foreign.huggingface_folder(
-        folder, conv1d(random_tensors(config)), **json.loads(foreign.huggingface_config(config))
+    return foreign_files.huggingface_folder(
+        folder, conv1d(random_tensors(config)), **json.loads(foreign_files.huggingface_config(config))
     )
 
 
@@ -58,7 +60,7 @@ def exported(tmp_path_factory):
     real = stored(folder / "from-tokens", GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=32))
     export.export(ExportConfig(source=str(real), out=folder / "tokens"))
     torch.save(IDX, folder / "idx.pt")
-    foreign.run_transformers(BY_HUGGING_FACE, folder)
+    foreign_files.run_transformers(BY_HUGGING_FACE, folder)
     return folder, torch.load(folder / "results.pt")
 
 
@@ -76,7 +78,7 @@ def test_transformers_loads_the_same_bits(exported):
 
 def test_transformers_computes_the_same_logits(exported):
     folder, results = exported
-    found = weights.read(folder / "fp32")
+    found = foreign.read(folder / "fp32")
     model = GPT(found.config, build(OpsConfig()))
     model.load_state_dict(found.tensors)
     assert_as_accurate(model(IDX), results["truth"], results["fp32"]["logits"], name="logits")
@@ -109,7 +111,7 @@ def test_transformers_has_the_same_tokenizer(exported):
 def test_there_and_back_is_exact(exported, tmp_path):
     """Ours -> theirs -> ours; theirs -> ours -> theirs, from a file that transformers wrote."""
     folder, _ = exported
-    found = weights.read(folder / "fp32")
+    found = foreign.read(folder / "fp32")
     assert found.config == CONFIG
     assert list(found.tensors) == list(random_tensors())
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in random_tensors().items())
@@ -124,7 +126,7 @@ def test_there_and_back_is_exact(exported, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "version"), [("fp32", 3), ("bf16", 5)])
 def test_llmc_there_and_back_is_exact(tmp_path, dtype, version):
-    whole = foreign.llmc_file(CONFIG, random_tensors(), version)
+    whole = foreign_files.llmc_file(CONFIG, random_tensors(), version)
     (tmp_path / "a.bin").write_bytes(whole)
     _, written = export.export(
         ExportConfig(source=str(tmp_path / "a.bin"), out=tmp_path / "new" / "b.bin", format="llm.c", dtype=dtype)
@@ -143,7 +145,7 @@ def test_a_file_is_as_readable_as_any_other(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"out": "a"}, "a already exists: choose another name with --out"),
+        ({"out": "a"}, "a already exists: choose another with --out"),
         ({"out": "b.bin"}, "the format huggingface needs a folder"),
         ({"out": "b", "format": "llm.c"}, "the format llm.c needs a file ending in .bin"),
         ({"source": "nothing"}, "nothing does not exist"),
@@ -207,5 +209,5 @@ def test_command_line(tmp_path, run_module):
     ]
     again = run_module("gpt2fast.export", source, "--out", "b")
     assert again.returncode == 2
-    assert again.stderr == "error: b already exists: choose another name with --out\n"
+    assert again.stderr == "error: b already exists: choose another with --out\n"
     shutil.rmtree(tmp_path / "b")

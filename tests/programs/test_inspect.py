@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import config, data, inspect, pictures, pretrained
+from gpt2fast import inspect
+from gpt2fast.data import dataset, shards
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.inspect import InspectConfig
 from gpt2fast.train import train
-from gpt2fast.weights import Weights
+from gpt2fast.training import config
+from gpt2fast.weights import load
+from gpt2fast.weights.foreign import Weights
 from tests.tools import tiny
 
 
@@ -45,12 +48,12 @@ def test_what_the_tied_head_saves(weights):
 
 
 def test_tokens_that_are_not_in_the_data_are_marked(finished, weights):
-    shard = data.open_folder(finished.folder.parents[1] / "data", 50257).train[0]
+    shard = dataset.open_folder(finished.folder.parents[1] / "data", 50257).train[0]
     never, how = inspect.never_trained(weights, finished.folder)
     assert np.array_equal(never, np.setdiff1d(np.arange(50257), shard))
     assert how == "not in the training data"
     wte = weights.tensors["wte.weight"]
-    rest, marked = pictures.tokens(wte, never, how, "x").axes[0].get_lines()
+    rest, marked = inspect.draw_tokens(wte, never, how, "x").axes[0].get_lines()
     assert np.array_equal(marked.get_xdata(), never)
     assert np.array_equal(marked.get_ydata(), wte.norm(dim=1)[never].numpy())
     assert np.array_equal(rest.get_xdata(), np.unique(shard))
@@ -61,23 +64,23 @@ def test_without_the_data_they_are_guessed(tmp_path):
     c = tiny.config(tmp_path, steps=40, model=tiny.GPT2_WORDS)
     for name in ("train", "val"):  # tokens that text may contain
         path = tmp_path / "data" / f"{name}.bin"
-        data.write_shard(path, data.open_shard(path, 50257) + np.uint16(1000))
+        shards.write_shard(path, shards.open_shard(path, 50257) + np.uint16(1000))
     train(c)
-    seen = np.unique(data.open_folder(tmp_path / "data", 50257).train[0])
-    never, how = inspect.never_trained(pretrained.read(c.folder), None)
+    seen = np.unique(dataset.open_folder(tmp_path / "data", 50257).train[0])
+    never, how = inspect.never_trained(load.read_weights(c.folder), None)
     assert "guess" in how
     assert len(np.intersect1d(never, seen)) <= 0.05 * len(seen)
     assert len(never) >= 0.99 * (50257 - len(seen))
-    assert set(pictures.NO_TEXT) <= set(never)
+    assert set(inspect.NO_TEXT) <= set(never)
     assert inspect.never_trained(Weights(tiny.MODEL, {"wte.weight": torch.zeros(64, 8)}, ""), None)[0] is None
-    assert len(pictures.tokens(torch.ones(64, 8), None, "", "x").axes[0].get_lines()) == 1
+    assert len(inspect.draw_tokens(torch.ones(64, 8), None, "", "x").axes[0].get_lines()) == 1
 
 
 def test_data_that_has_changed_is_not_believed(tmp_path):
     c = tiny.config(tmp_path, steps=1, warmup=1)
     train(c)
     tiny.write_data(tmp_path / "data", seed=5)
-    assert "guess" in inspect.never_trained(pretrained.read(c.folder), c.folder)[1]
+    assert "guess" in inspect.never_trained(load.read_weights(c.folder), c.folder)[1]
 
 
 def test_command_line(finished, run_module, tmp_path):

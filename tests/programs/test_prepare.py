@@ -8,7 +8,9 @@ import os
 import numpy as np
 import pytest
 
-from gpt2fast import data, encoding, prepare, tokenizer
+from gpt2fast import prepare
+from gpt2fast.data import encode, tokenizer
+from gpt2fast.data.dataset import open_folder, unigram_entropy
 from gpt2fast.errors import UserError
 from gpt2fast.prepare import PrepareConfig
 
@@ -21,7 +23,7 @@ def run(tmp_path, *paths, **options):
     out = tmp_path / "out"
     manifest, _ = prepare.prepare(PrepareConfig(paths=paths, out=out, **options))
     assert json.loads((out / "manifest.json").read_text()) == manifest
-    dataset = data.open_folder(out, 50257)
+    dataset = open_folder(out, 50257)
     join = lambda shards: np.concatenate([np.empty(0, np.uint16), *shards])  # noqa: E731
     return join(dataset.train), join(dataset.val), manifest
 
@@ -31,14 +33,14 @@ def write(path, text):
     return path
 
 
-def encode(*documents):
+def tokens_of(*documents):
     gpt2 = tokenizer.load()
     return [token for text in documents for token in (tokenizer.EOT, *gpt2.encode_ordinary(text))]
 
 
 def test_one_text_is_tokenised_exactly_and_its_end_validates(tmp_path):
     train, val, _ = run(tmp_path, write(tmp_path / "a.txt", TEXT))
-    assert [*train, *val] == encode(TEXT)
+    assert [*train, *val] == tokens_of(TEXT)
     assert 0.01 < len(val) / len(train) < 0.08
 
 
@@ -57,10 +59,10 @@ def test_the_manifest_counts_what_is_there(tmp_path):
 
 
 def test_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 10_000)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 10_000)
     train, val, manifest = run(tmp_path, write(tmp_path / "a.txt", TEXT))
     counts = np.bincount(np.concatenate([train, val]), minlength=50257)
-    assert manifest["unigram_entropy"] == pytest.approx(data.unigram_entropy(counts))
+    assert manifest["unigram_entropy"] == pytest.approx(unigram_entropy(counts))
     assert manifest["distinct_tokens"] == np.count_nonzero(counts)
     assert manifest["characters_per_token"] == pytest.approx(len(TEXT) / (len(train) + len(val)))
 
@@ -73,8 +75,8 @@ def test_many_texts_are_documents_and_every_20th_validates(tmp_path):
         write(folder / f"{i:02}.txt", text)
     write(folder / "ignored.py", "print()")
     train, val, manifest = run(tmp_path, folder)
-    assert val.tolist() == encode(texts[19], texts[39])
-    assert train.tolist() == encode(*texts[:19], *texts[20:39])
+    assert val.tolist() == tokens_of(texts[19], texts[39])
+    assert train.tolist() == tokens_of(*texts[:19], *texts[20:39])
     assert (manifest["documents"], manifest["source"]["files"]) == (40, 40)
 
 
@@ -90,8 +92,8 @@ def test_rows_are_documents(tmp_path, format):
 
         parquet.write_table(pyarrow.table({"id": list(range(45)), "body": rows}), path, row_group_size=7)
     train, val, _ = run(tmp_path, path, field="body")
-    assert val.tolist() == encode(rows[19], rows[39])
-    assert train.tolist() == encode(*rows[:19], *rows[20:39], *rows[40:])
+    assert val.tolist() == tokens_of(rows[19], rows[39])
+    assert train.tolist() == tokens_of(*rows[:19], *rows[20:39], *rows[40:])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -109,14 +111,16 @@ def test_gzip_changes_nothing(tmp_path, name):
 def test_max_tokens_is_the_beginning_of_all(tmp_path, max_tokens):
     path = write(tmp_path / "a.txt", TEXT)
     train, val, manifest = run(tmp_path, path, shard_tokens=5000, max_tokens=max_tokens)
-    assert train.tolist() == encode(TEXT)[:max_tokens]
+    assert train.tolist() == tokens_of(TEXT)[:max_tokens]
     assert (manifest["tokens"], len(val)) == (max_tokens, 0)
-    assert abs(manifest["characters"] - max_tokens * len(TEXT) / len(encode(TEXT))) < 1000  # a share of the last piece
+    assert (
+        abs(manifest["characters"] - max_tokens * len(TEXT) / len(tokens_of(TEXT))) < 1000
+    )  # a share of the last piece
 
 
 def test_no_validation_when_none_is_wanted(tmp_path):
     train, val, _ = run(tmp_path, write(tmp_path / "a.txt", TEXT), val_fraction=0.0)
-    assert train.tolist() == encode(TEXT)
+    assert train.tolist() == tokens_of(TEXT)
     assert not len(val)
 
 
@@ -208,5 +212,5 @@ def test_command_line(tmp_path, run_module):
     again = run_module("gpt2fast.prepare", "mine.txt", "--out", "data/mine", cwd=tmp_path, check=False)
     assert (again.returncode, again.stderr) == (
         2,
-        "error: data/mine already exists: choose another folder with --out\n",
+        "error: data/mine already exists: choose another with --out\n",
     )

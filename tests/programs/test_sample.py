@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
-from gpt2fast import sample, tokenizer
-from gpt2fast.decode import Sampling
+from gpt2fast import sample
+from gpt2fast.data import tokenizer
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
 from gpt2fast.sample import SampleConfig
 from gpt2fast.train import train
+from gpt2fast.weights.foreign import Weights
 from tests.tools import tiny
 
 ENCODING = tokenizer.load()
@@ -45,9 +46,9 @@ def written(monkeypatch):
                 yield from self.rows[:, 1:].split(every, 1)
 
         monkeypatch.setattr(sample, "Decoder", Planted)
-        monkeypatch.setattr(
-            sample.pretrained, "load", lambda source, *_: (GPT(tiny.GPT2_WORDS, build(OpsConfig())), source)
-        )
+        model = GPT(tiny.GPT2_WORDS, build(OpsConfig()))
+        weights = Weights(tiny.GPT2_WORDS, model.state_dict(), "a-run")
+        monkeypatch.setattr(sample, "read_weights", lambda source: weights)
 
     return plant
 
@@ -59,39 +60,7 @@ def run(capsys, *arguments) -> tuple[str, str]:
     return capsys.readouterr()
 
 
-# sample_text, which training calls
-
-
-def test_the_text_is_the_prompt_and_what_the_model_writes(model):
-    """From behind <|endoftext|> on."""
-    text = sample.sample_text(model, "Hello", 7, precision="fp32", seed=3, sampling=Sampling(temperature=0))
-    row = [tokenizer.EOT, *ENCODING.encode_ordinary("Hello")]
-    for _ in range(7):
-        row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
-    assert text == ENCODING.decode(row[1:])
-
-
-def test_the_seed_decides(model):
-    texts = [sample.sample_text(model, "a", 9, precision="fp32", seed=seed) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_a_prompt_longer_than_the_window_does_not_stop_a_training_run(model):
-    assert sample.sample_text(model, "word " * 30, 2, precision="fp32", seed=0).startswith("word " * 30)
-
-
-@torch.no_grad()
-def test_the_text_ends_before_the_end(model, monkeypatch):
-    tokens = torch.tensor([[*ENCODING.encode_ordinary(" there"), tokenizer.EOT, 1, 2]])
-    seen = {}
-    monkeypatch.setattr(sample, "generate", lambda *args, **options: seen.update(options) or tokens)
-    assert sample.sample_text(model, "Hello", 4, precision="fp32", seed=3) == "Hello there"
-    assert seen == {"seed": 3, "precision": "fp32", "stop": tokenizer.EOT, "record": False}
-
-
 # prompts
-
-
 @pytest.mark.parametrize(
     ("text", "prompts"),
     [
@@ -144,8 +113,6 @@ def test_the_vocabulary_must_be_gpt2s():
 
 
 # the command
-
-
 def test_texts_are_shown_with_their_prompts_and_end_before_the_end(written, capsys):
     written([11, 12], [13, tokenizer.EOT, 14], [15])
     out, err = run(capsys, "--prompt", "Hello", "--samples", "3", "--batch-size", "2")

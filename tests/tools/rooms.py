@@ -1,31 +1,28 @@
-"""Which test file is a module's: tests/<room>/test_<module>.py. The rooms are the folders that modules will be in."""
+"""Which test file is a module's: tests/<room>/test_<module>.py, where the room is the module's folder."""
 
 from pathlib import Path
 
 from tests.tools.checkout import CHECKOUT
 
-ROOMS = {
-    "model": "model ops reference cpu kernels auto measure",
-    "data": "data corpus corpora encoding shards sources tokenizer",
-    "weights": "checkpoint huggingface layout llmc nanogpt openai pretrained weights",
-    "training": "config flops graph optim plot rounded run screen session spikes step",
-    "inference": "cache decode hellaswag",
-    "machine": "allocator device distributed machine",
-    "files": "containers download files records",
-    "programs": "errors evaluate export flags inspect pictures prepare sample train",
-}
-ROOM_OF = {module: room for room, modules in ROOMS.items() for module in modules.split()}
+PROGRAMS = ("train", "sample", "evaluate", "prepare", "export", "inspect")  # and what they alone use: see room_of
+FOLDERS = ("data", "weights", "training", "inference", "machine", "files")  # of gpt2fast
 # Path of every module, from the checkout's root
 FILES = sorted(
-    f"{folder}/{path.name}"
-    for folder in ("gpt2fast", "kernels", "benchmarks")
-    for path in (CHECKOUT / folder).glob("*.py")
+    path.relative_to(CHECKOUT).as_posix()
+    for pattern in ("gpt2fast/**/*.py", "kernels/*.py", "benchmarks/*.py")
+    for path in CHECKOUT.glob(pattern)
     if path.stem != "__init__" and not path.stem.startswith("bench_")
 )
 
 
-def tests_of(module: str) -> str:
-    """gpt2fast/optim.py -> training/test_optim.py, below tests/."""
+def room_of(module: str) -> str:
+    """gpt2fast/training/optim.py -> training. What lies on top of gpt2fast/ is of the model, or of the programs."""
     path = Path(module)
-    room = ROOM_OF[path.stem] if path.parts[0] == "gpt2fast" else path.parts[0]
-    return f"{room}/test_{path.stem}.py"
+    if path.parent.as_posix() == "gpt2fast":
+        return "programs" if path.stem in (*PROGRAMS, "errors", "command") else "model"
+    return path.parent.name
+
+
+def tests_of(module: str) -> str:
+    """gpt2fast/training/optim.py -> training/test_optim.py, below tests/."""
+    return f"{room_of(module)}/test_{Path(module).stem}.py"

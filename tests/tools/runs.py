@@ -3,7 +3,8 @@
 import torch
 from safetensors.torch import load_file
 
-from gpt2fast import checkpoint, run
+from gpt2fast.training import run
+from gpt2fast.weights import checkpoint
 
 
 def metrics(c):

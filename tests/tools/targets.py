@@ -16,27 +16,19 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from gpt2fast import (
-    checkpoint,
-    config,
-    data,
-    encoding,
-    hellaswag,
-    ops,
-    optim,
-    pretrained,
-    shards,
-    sources,
-    tokenizer,
-    weights,
-)  # fmt: skip
-from gpt2fast.config import PRESETS
+from gpt2fast import ops
+from gpt2fast.data import encode, loader, shards, texts, tokenizer, writer
+from gpt2fast.data.dataset import count_tokens, open_folder, unigram_entropy
+from gpt2fast.inference import hellaswag
 from gpt2fast.model import GPT
-from gpt2fast.openai import _masked_crc32c
-from tests.tools import foreign
+from gpt2fast.training import config, optim
+from gpt2fast.training.config import PRESETS
+from gpt2fast.weights import checkpoint, foreign, load
+from gpt2fast.weights.openai import _masked_crc32c
+from tests.tools import foreign_files
 from tests.tools.command_lines import CommandLine, run_program
 from tests.tools.damage import Files, Target
-from tests.tools.foreign import OPENAI
+from tests.tools.foreign_files import OPENAI
 
 
 class Code:
@@ -48,11 +40,11 @@ class Code:
 
 def read_weights(name: str = "") -> Callable[[Path], object]:
     """Also look at each number, as a model would."""
-    return lambda folder: [float(t.sum()) for t in weights.read(folder / name).tensors.values()]
+    return lambda folder: [float(t.sum()) for t in foreign.read(folder / name).tensors.values()]
 
 
 def hugging_face() -> Files:
-    return {"config.json": foreign.huggingface_config().encode(), "model.safetensors": save(conv1d())}
+    return {"config.json": foreign_files.huggingface_config().encode(), "model.safetensors": save(conv1d())}
 
 
 def in_parts() -> Files:
@@ -61,13 +53,13 @@ def in_parts() -> Files:
     index = {"metadata": {}, "weight_map": {name: part for part, some in parts.items() for name in some}}
     files = {part: save(some) for part, some in parts.items()}
     return files | {
-        "config.json": foreign.huggingface_config().encode(),
+        "config.json": foreign_files.huggingface_config().encode(),
         "model.safetensors.index.json": json.dumps(index).encode(),
     }
 
 
 def conv1d() -> dict[str, torch.Tensor]:
-    return foreign.conv1d(foreign.random_tensors())
+    return foreign_files.conv1d(foreign_files.random_tensors())
 
 
 def pickled(value: object, new: bool = True) -> bytes:
@@ -78,15 +70,15 @@ def pickled(value: object, new: bool = True) -> bytes:
 
 def pytorch_bin(new: bool, more: Callable[[], dict] = dict) -> Callable[[], Files]:
     return lambda: {
-        "config.json": foreign.huggingface_config().encode(),
+        "config.json": foreign_files.huggingface_config().encode(),
         "pytorch_model.bin": pickled(conv1d() | more(), new),
     }
 
 
 def nanogpt() -> Files:
-    sizes = {name: getattr(foreign.CONFIG, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    sizes = {name: getattr(foreign_files.CONFIG, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     args = {**sizes, "vocab_size": 50, "bias": False, "dropout": 0.0}
-    tensors = {f"transformer.{n}": t for n, t in foreign.random_tensors().items() if not n.endswith("bias")}
+    tensors = {f"transformer.{n}": t for n, t in foreign_files.random_tensors().items() if not n.endswith("bias")}
     return {"ckpt.pt": pickled({"model": tensors, "model_args": args, "iter_num": 3})}
 
 
@@ -120,7 +112,7 @@ def mend_table(files: Files) -> Files:
 
 
 def small_run() -> tuple[GPT, torch.optim.Optimizer]:
-    model = GPT(foreign.CONFIG, ops.build(ops.OpsConfig()), 0)
+    model = GPT(foreign_files.CONFIG, ops.build(ops.OpsConfig()), 0)
     return model, optim.adamw(model, 0.1)
 
 
@@ -129,7 +121,7 @@ def our_checkpoint() -> Files:
     idx = torch.arange(8)[None]
     model(idx, idx).backward()
     optimizer.step()
-    settings = config.to_dict(replace(PRESETS["nano"], model=foreign.CONFIG))
+    settings = config.to_dict(replace(PRESETS["nano"], model=foreign_files.CONFIG))
     state = {"position": 3, "seconds": 1.5, "scaler": {}, "data_fingerprint": "0" * 16, "config": settings}
     with tempfile.TemporaryDirectory() as folder:
         path = checkpoint.save(Path(folder), 3, model, optimizer, state, keep=1)
@@ -149,7 +141,7 @@ def mend_manifest(files: Files) -> Files:
 
 def read_checkpoint(folder: Path) -> object:
     """As sample and then as --resume does."""
-    weights = pretrained.read(folder)
+    weights = load.read_weights(folder)
     state = checkpoint.read_state(folder)
     model, optimizer = small_run()
     before = python_random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -209,8 +201,8 @@ def jsonl_files() -> Files:
 
 
 def read_text(folder: Path) -> object:
-    pieces = list(sources.read(sources.find([folder], (".txt", ".jsonl")), "text", 3))
-    return encoding.encode(tokenizer.load(), pieces, True)
+    pieces = list(texts.read(texts.find([folder], (".txt", ".jsonl")), "text", 3))
+    return encode.encode(tokenizer.load(), pieces, True)
 
 
 IDENTITY = {"source": "files", "shard-tokens": 50}
@@ -218,18 +210,18 @@ IDENTITY = {"source": "files", "shard-tokens": 50}
 
 def half_prepared() -> Files:
     with tempfile.TemporaryDirectory() as folder:
-        writer = shards.Writer(Path(folder), 50, None, False, IDENTITY)
+        made = writer.Writer(Path(folder), 50, None, False, IDENTITY)
         for i in range(9):
             tokens = np.arange(17 + i, dtype=np.uint16)
-            writer.add([sources.Piece("x" * 40, True, i % 4 == 3)], [tokens], None)
+            made.add([texts.Piece("x" * 40, True, i % 4 == 3)], [tokens], None)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def go_on_preparing(folder: Path) -> object:
-    writer = shards.Writer(folder, 50, None, False, IDENTITY)
-    writer.resume()
-    writer.add([sources.Piece("x", True)], [np.arange(60, dtype=np.uint16)], writer.done.state)
-    return json.dumps(writer.finish())
+    made = writer.Writer(folder, 50, None, False, IDENTITY)
+    made.resume()
+    made.add([texts.Piece("x", True)], [np.arange(60, dtype=np.uint16)], made.done.state)
+    return json.dumps(made.finish())
 
 
 def shard(kind: str) -> Callable[[], Files]:
@@ -238,7 +230,7 @@ def shard(kind: str) -> Callable[[], Files]:
         file = io.BytesIO()
         np.save(file, tokens)
         head = np.zeros(256, "<i4")
-        head[:3] = data.MAGIC, 1, len(tokens)
+        head[:3] = shards.MAGIC, 1, len(tokens)
         content = {"npy": file.getvalue(), "raw": tokens.tobytes(), "bin": head.tobytes() + tokens.tobytes()}[kind]
         suffix = "npy" if kind == "npy" else "bin"
         return {f"train.{suffix}": content, f"val.{suffix}": content}
@@ -247,10 +239,10 @@ def shard(kind: str) -> Callable[[], Files]:
 
 
 def read_shards(folder: Path) -> object:
-    dataset = data.open_folder(folder, 50257)
-    counts = data.count_tokens(dataset.train, 50257)
+    dataset = open_folder(folder, 50257)
+    counts = count_tokens(dataset.train, 50257)
     with np.errstate(invalid="ignore"):
-        return data.unigram_entropy(counts), data.Loader(dataset.train, 2, 8, 50257, shuffle=True).batch(1)
+        return unigram_entropy(counts), loader.Loader(dataset.train, 2, 8, 50257, shuffle=True).batch(1)
 
 
 TARGETS = {
@@ -264,7 +256,7 @@ TARGETS = {
     "pickle with code": Target(pytorch_bin(True, lambda: {"x": Code()}), read_weights()),
     "pickle with code, old": Target(pytorch_bin(False, lambda: {"x": Code()}), read_weights()),
     "nanoGPT": Target(nanogpt, read_weights()),
-    "llm.c": Target(lambda: {"a.bin": foreign.llmc_file(foreign.CONFIG, foreign.random_tensors(), 3)},
+    "llm.c": Target(lambda: {"a.bin": foreign_files.llmc_file(foreign_files.CONFIG, foreign_files.random_tensors(), 3)},
                     read_weights("a.bin")),
     "openai": Target(openai("model.ckpt.index", "model.ckpt.data-00000-of-00001"), read_weights(), mend_table),
     "openai npz": Target(openai("model.npz"), read_weights("model.npz")),

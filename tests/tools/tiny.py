@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2fast import data
-from gpt2fast.config import TrainConfig
+from gpt2fast.data import shards
 from gpt2fast.model import GPTConfig
+from gpt2fast.training.config import TrainConfig
 
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=256)
 GPT2_WORDS = replace(MODEL, vocab_size=50257)  # where tokens become text, 20 ms a step
@@ -26,7 +26,7 @@ def write_data(folder: Path, seed: int = 0, n: int = 1000) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, size in (("train", n), ("val", 200)):
         first = 2 * random.integers(0, 100, size // 2)
-        data.write_shard(folder / f"{name}.bin", np.stack([first, first + 1], 1).ravel().astype(np.uint16))
+        shards.write_shard(folder / f"{name}.bin", np.stack([first, first + 1], 1).ravel().astype(np.uint16))
     return folder
 
 

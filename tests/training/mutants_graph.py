@@ -1,4 +1,4 @@
-"""Faults planted in gpt2fast/graph.py, each with the test that must catch it."""
+"""Faults planted in gpt2fast/training/graph.py, each with the test that must catch it."""
 
 from tests.tools.mutation import Mutant
 

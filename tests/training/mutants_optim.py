@@ -1,4 +1,4 @@
-"""Faults planted in gpt2fast/optim.py, each with the test that must catch it."""
+"""Faults planted in gpt2fast/training/optim.py, each with the test that must catch it."""
 
 from tests.tools.mutation import Mutant
 
@@ -25,36 +25,36 @@ MUTANTS = [
         "g = g.float() / shorten",
         "g = g.float()",
         "gradients are not clipped",
-        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
     Mutant(
         "1 - lr * group",
         "1 - 0 * group",
         "no weight decay",
-        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
     Mutant(
         "1 - beta2**step",
         "1 - beta2",
         "v without its correction",
-        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
     Mutant(
         "    copy.copy_(w)\n",
         "",
         "copies stay what they were",
-        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
     Mutant(
         "            copy.grad = None",
         "            pass",
         "gradients add up from step to step",
-        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
     Mutant(
         '(*weights, *getattr(optimizer, "copies", {}).values())',
         "weights",
         "a norm without the copies'",
-        "training/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
 ]

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import config
-from gpt2fast import train as program
-from gpt2fast.config import PRESETS, TrainConfig
+from gpt2fast import train
 from gpt2fast.errors import UserError
 from gpt2fast.model import SIZES
 from gpt2fast.ops import OpsConfig
-from gpt2fast.train import train
+from gpt2fast.training import config
+from gpt2fast.training.config import PRESETS, TrainConfig
 from tests.tools import tiny
 
 GIB = 2**30
@@ -58,7 +57,7 @@ def test_flags():
         "--run",
         "x",
     ]
-    c, source = config.parse(argv, "nano")
+    c, source = train.read_settings(argv, "nano")
     assert (c.ops.attention, c.ops.mlp, c.model.n_layer, c.model.n_embd, c.lr, c.compile) == (
         "triton",
         None,
@@ -73,7 +72,7 @@ def test_flags():
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_backends(backend):
     pytest.importorskip("tyro", reason="needs tyro for the command line")
-    c, _ = config.parse(["nano", "--backend", backend, "--ops.mlp", "compiled"], "nano")
+    c, _ = train.read_settings(["nano", "--backend", backend, "--ops.mlp", "compiled"], "nano")
     assert c.implementations.mlp == "compiled"
     assert c.implementations.linear == (None if backend == "auto" else backend)
     assert PRESETS["nano"].backend == "torch"
@@ -83,7 +82,7 @@ def test_backends(backend):
 def test_no_such_backend(flags, capsys):
     pytest.importorskip("tyro", reason="needs tyro for the command line")
     with pytest.raises(SystemExit):
-        config.parse(["nano", *flags], "nano")
+        train.read_settings(["nano", *flags], "nano")
     assert "invalid choice" in capsys.readouterr().err
 
 
@@ -98,7 +97,7 @@ def test_what_auto_became_is_read_back(tmp_path):
 
 def test_without_a_preset_the_header_says_which_was_taken():
     pytest.importorskip("tyro", reason="needs tyro for the command line")
-    c, source = config.parse(["--steps", "5"], "nano")
+    c, source = train.read_settings(["--steps", "5"], "nano")
     assert (c.model, c.steps) == (SIZES["nano"], 5)
     assert source == "preset nano (none was named; nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl)"
 
@@ -116,7 +115,7 @@ def test_the_batch_size_follows_from_memory():
 
 def test_config_json_of_something_else(folder, capsys):
     c = tiny.config(folder, stop_at=2)
-    train(c)
+    train.train(c)
     for text in ("{}", "[]", '{"config": {"model": 3}}', "nonsense", '{"config": null}'):
         (c.folder / "config.json").write_text(text)
         with pytest.raises(UserError, match="damaged or of another version"):
@@ -127,4 +126,4 @@ def test_unknown_preset(folder):
     with pytest.raises(
         UserError, match="unknown preset 'gpt3': choose one of nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     ):
-        program.main(["gpt3"])
+        train.main(["gpt3"])

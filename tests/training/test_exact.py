@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import checkpoint, data, device, train
+from gpt2fast import train
+from gpt2fast.data import shards
 from gpt2fast.errors import UserError
-from gpt2fast.session import prepare
-from gpt2fast.step import TrainingStep
+from gpt2fast.machine import device
+from gpt2fast.training.session import prepare
+from gpt2fast.training.step import TrainingStep
+from gpt2fast.weights import checkpoint
 from tests.tools import tiny
 
 STEPS = 12
@@ -89,7 +92,7 @@ def test_also_where_the_rows_of_a_batch_are_of_several_shards(tmp_path, capsys, 
     tiny.write_data(tmp_path / "data", n=60)
     for i in range(5):  # of 3, 4, 5, 6 and 7 windows; train.bin has 3 too
         tokens = np.random.default_rng(i).integers(0, 50257, 16 * (3 + i) + 9)
-        data.write_shard(tmp_path / "data" / f"train_{i}.bin", tokens.astype(np.uint16))
+        shards.write_shard(tmp_path / "data" / f"train_{i}.bin", tokens.astype(np.uint16))
     changes = {"batch_size": 4, "total_batch": 128, "shuffle": shuffle}  # 7 batches an epoch
     straight, parts = (settings(tmp_path, run=name, **changes) for name in ("straight", "parts"))
     assert train.train(straight) == 0

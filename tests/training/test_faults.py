@@ -1,6 +1,5 @@
 """The README's table of faults, its rows of data, numbers, memory, clocks and neighbours, as test_disks.py."""
 
-import math
 import os
 import time
 from dataclasses import replace
@@ -8,32 +7,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from gpt2fast import auto, checkpoint, data, machine, run, session
+from gpt2fast import auto
 from gpt2fast import train as program
+from gpt2fast.data import shards
 from gpt2fast.errors import RunError, UserError
+from gpt2fast.inference.loss import _batches
+from gpt2fast.machine import versions
 from gpt2fast.model import GPT
-from gpt2fast.spikes import WINDOW
 from gpt2fast.train import train
+from gpt2fast.training import log, run, session
+from gpt2fast.training.log import WINDOW
+from gpt2fast.weights import checkpoint
 from tests.tools import programs, tiny
 from tests.tools.injected_runs import SHORT, rows, rubbish, straight, weights
 
+
 # ---- data ----
-
-
 def test_a_shard_deleted_while_training(folder, capsys, monkeypatch):
     """It is mapped, so the system keeps it: nothing changes. To resume, it must be there again."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
-    real, shard = program.Log.step, folder / "data" / "train.bin"
+    real, shard = log.Log.step, folder / "data" / "train.bin"
     content = shard.read_bytes()
 
     def step(self, *args):
         shard.unlink(missing_ok=True)
         real(self, *args)
 
-    monkeypatch.setattr(program.Log, "step", step)
+    monkeypatch.setattr(log.Log, "step", step)
     train(replace(c, stop_at=4))
     monkeypatch.undo()
     monkeypatch.setattr(program, "draw", lambda s: None)
@@ -50,7 +52,7 @@ def test_a_shard_truncated_while_training(folder, capsys, monkeypatch, size, spl
     """Reading the map past its file's end would kill Python without a word; here one line names the shard."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
-    real, shard = program.Log.step, folder / "data" / f"{split}.bin"
+    real, shard = log.Log.step, folder / "data" / f"{split}.bin"
     content = shard.read_bytes()
 
     def step(self, *args):
@@ -58,7 +60,7 @@ def test_a_shard_truncated_while_training(folder, capsys, monkeypatch, size, spl
         if self.s.step == 2:
             os.truncate(shard, size)
 
-    monkeypatch.setattr(program.Log, "step", step)
+    monkeypatch.setattr(log.Log, "step", step)
     message = rf"shard .*{split}.bin has been cut to {size} bytes, of {len(content)}.* continue with --resume"
     with pytest.raises(RunError, match=message):
         train(c)
@@ -70,93 +72,18 @@ def test_a_shard_truncated_while_training(folder, capsys, monkeypatch, size, spl
 
 
 def test_the_whole_split_is_read_with_the_same_care(folder):
-    from gpt2fast import evaluate
 
-    shard = data.open_shard(folder / "data" / "val.bin", 50257)
+    shard = shards.open_shard(folder / "data" / "val.bin", 50257)
     os.truncate(folder / "data" / "val.bin", 1030)
     with pytest.raises(RunError, match="has been cut"):
-        list(evaluate._batches([shard], 2, 16, 50257, range(100)))
-
-
-# ---- numbers ----
-
-
-def spoil(monkeypatch, steps, value=math.nan, loss=False):
-    """In the optimizer steps numbered so, from 1, a gradient is `value`; with `loss`, the loss is."""
-    real, taken = program.Log.step, [0]
-    update = session.TrainingStep.update
-
-    def spoiled(self):
-        taken[0] += 1
-        if taken[0] in steps:
-            self.model.wpe.weight.grad[0, 0] = value
-        return update(self)
-
-    def step(self, lr, total, norm):
-        real(self, lr, total * math.nan if loss and self.s.step in steps else total, norm)
-
-    monkeypatch.setattr(session.TrainingStep, "update", spoiled)
-    monkeypatch.setattr(program.Log, "step", step)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite(folder, capsys, monkeypatch, value):
-    """The step is left out and counted, in the file, on the screen, and on resume; the run goes on."""
-    c = tiny.config(folder, **{**SHORT, "val_every": 0})
-    spoil(monkeypatch, {2, 4}, value)
-    train(replace(c, stop_at=5))
-    assert "step 2: left out, loss 5." in (said := capsys.readouterr().out)
-    assert "(2 so far)" in said
-    assert [row["skipped"] for row in rows(c)] == [0, 1, 1, 2, 2]
-    assert [row["grad_norm"] is None for row in rows(c)] == [False, True, False, True, False]
-    train(replace(c, resume=True))
-    assert [row["skipped"] for row in rows(c)][-1] == 2
-    steps = load_file(checkpoint.list_checkpoints(c.folder / "checkpoints")[-1][1] / "optimizer.safetensors")
-    assert {float(x) for name, x in steps.items() if name.startswith("step.")} == {4.0}
-
-
-@pytest.mark.parametrize("loss", [False, True], ids=["gradient", "loss"])
-def test_too_many_steps_left_out(folder, capsys, monkeypatch, loss):
-    """The limit counts steps in a row; the last good checkpoint is named, and is there though --keep is 1."""
-    c = tiny.config(folder, checkpoint_every=1, keep=1, val_every=0, skip_limit=4)
-    spoil(monkeypatch, {2, 3, *range(7, 21)}, loss=loss)
-    message = r"step 10: .*--skip-limit 4 steps in a row.*step_00000006; try a lower --lr, a longer --warmup or --prec"
-    with pytest.raises(RunError, match=message) as stopped:
-        train(c)
-    assert stopped.value.exit_code == 1
-    found = checkpoint.list_checkpoints(c.folder / "checkpoints")
-    assert found[0][0] == 6
-    for _, path in found:
-        assert weights_are_finite(path)
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    assert train(replace(c, resume=True, lr=1e-3, skip_limit=1)) == 0
-
-
-def weights_are_finite(path) -> bool:
-    return all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
-
-
-def test_an_overflow_under_loss_scaling(folder, capsys, monkeypatch):
-    """GradScaler finds its scale by overflows: they count towards the limit only where the scale cannot be at fault."""
-    c = tiny.config(folder, val_every=0, skip_limit=2)
-    scale = [8.0]
-    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: scale[0])
-    spoil(monkeypatch, range(3, 9))
-    train(replace(c, stop_at=8))
-    scale[0] = 1.0
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    spoil(monkeypatch, range(1, 9))
-    with pytest.raises(RunError, match="step 10: .*--skip-limit 2 steps in a row"):
-        train(replace(c, resume=True))
+        list(_batches([shard], 2, 16, 50257, range(100)))
 
 
 def test_a_loss_spike(folder, capsys, monkeypatch):
     """Said, written into every row, and the same after a resume, whose window is filled from the file."""
     assert WINDOW == 128
     n = 8
-    monkeypatch.setattr("gpt2fast.spikes.WINDOW", n)
+    monkeypatch.setattr("gpt2fast.training.log.WINDOW", n)
     c = tiny.config(folder, steps=n + 12, val_every=0, checkpoint_every=0, spike=1.5, lr=1e-3)
     want = straight(c)
     said = capsys.readouterr().out
@@ -174,8 +101,6 @@ def test_a_loss_spike(folder, capsys, monkeypatch):
 
 
 # ---- memory ----
-
-
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -229,8 +154,6 @@ def test_out_of_memory_while_training(folder, capsys, monkeypatch):
 
 
 # ---- clocks and neighbours ----
-
-
 def test_a_clock_that_goes_backwards(folder, capsys, monkeypatch, planted, cache_home):
     """Dates are written down and decide nothing; what takes time is measured by a clock that only goes forwards."""
     c = tiny.config(folder, backend="auto", **SHORT)
@@ -241,13 +164,13 @@ def test_a_clock_that_goes_backwards(folder, capsys, monkeypatch, planted, cache
         now[0] -= 3600
         return now[0]
 
-    class Date(machine.datetime.datetime):
+    class Date(versions.datetime.datetime):
         @classmethod
         def now(cls, tz=None):
             return cls.fromtimestamp(back(), tz)
 
     monkeypatch.setattr(time, "time", back)
-    monkeypatch.setattr(machine.datetime, "datetime", Date)
+    monkeypatch.setattr(versions.datetime, "datetime", Date)
     measured = len(planted["measured"])
     train(replace(c, stop_at=3))
     train(replace(c, resume=True))

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import checkpoint, prepare, session
+from gpt2fast import prepare
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.prepare import PrepareConfig
 from gpt2fast.train import train
+from gpt2fast.training import session
+from gpt2fast.weights import checkpoint
 from tests.tools import tiny
 from tests.tools.injected_runs import SHORT, go_on, rows, rubbish, straight, weights
 from tests.tools.injection import every_call, failing
@@ -57,8 +59,8 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "loss.png"])
 def test_a_run_file_that_cannot_be_written(folder, capsys, monkeypatch, name, code):
     """At every call that the file takes: one line that names it, and the run goes on to the same weights."""
-    from gpt2fast import plot
-    from gpt2fast.files import write_atomic
+    from gpt2fast.files.atomic import write_atomic
+    from gpt2fast.training import plot
 
     monkeypatch.setattr(plot, "save", lambda figure, path: write_atomic(path, b"a picture, drawn in no time"))
     monkeypatch.setattr(plot, "loss_curve", lambda rows, path, *_: plot.save(None, path))

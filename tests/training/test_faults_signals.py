@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from gpt2fast import checkpoint
+from gpt2fast.weights import checkpoint
 from tests.tools import programs, tiny
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gpt2fast import flops
 from gpt2fast.model import GPT, SIZES, GPTConfig
+from gpt2fast.training import flops
 
 
 def test_flops_are_those_of_the_literature():

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from gpt2fast import graph, ops, optim, session
+from gpt2fast import ops
 from gpt2fast.errors import UserError
-from gpt2fast.graph import WARM, GraphedStep
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig
-from gpt2fast.step import TrainingStep
+from gpt2fast.training import graph, optim, session
+from gpt2fast.training.graph import WARM, GraphedStep
+from gpt2fast.training.step import TrainingStep
 from tests.tools import tiny
 from tests.tools.accuracy import assert_as_accurate
 from tests.tools.recording import played_by_hand
@@ -40,7 +41,7 @@ def test_a_recorded_step_is_the_step(precision, accumulation, device, monkeypatc
     if device.type == "cuda":
         pytest.skip("the test below records")
     made = []
-    monkeypatch.setattr(graph, "record", played_by_hand(made))
+    monkeypatch.setattr(graph, "record_graph", played_by_hand(made))
     want, weights = train(TrainingStep, device, accumulation, precision=precision)
     got, ours = train(GraphedStep, device, accumulation, made, precision=precision)
     assert torch.equal(got, want)
@@ -64,7 +65,7 @@ def test_a_step_that_is_given_up_leaves_no_trace(device, monkeypatch):
     if device.type == "cuda":
         pytest.skip("plays recordings by hand")
     made = []
-    monkeypatch.setattr(graph, "record", played_by_hand(made))
+    monkeypatch.setattr(graph, "record_graph", played_by_hand(made))
     train(GraphedStep, device, 2, made)
     step = made[0]
     batch = torch.zeros(2, 16, dtype=torch.long), torch.ones(2, 16, dtype=torch.long)

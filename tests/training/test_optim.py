@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gpt2fast import optim
 from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
+from gpt2fast.training import optim
 from tests.tools import tiny
 
 LARGE = 3 * 2**20 + 7

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpt2fast import plot
-from gpt2fast.distributed import ALONE
-from gpt2fast.plot import Run
+from gpt2fast.machine.world import ALONE
 from gpt2fast.train import draw
+from gpt2fast.training import plot
+from gpt2fast.training.plot import Run
 
 
 def test_the_plot_has_both_curves_and_the_entropy(tmp_path, monkeypatch):

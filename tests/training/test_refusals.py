@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import checkpoint, data
 from gpt2fast import train as program
+from gpt2fast.data import dataset
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.model import GPT
 from gpt2fast.train import train
+from gpt2fast.weights import checkpoint
 from tests.tools import tiny
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")
@@ -175,4 +176,4 @@ def test_a_shard_written_while_the_disk_is_full_is_refused_later(folder):
     path = folder / "data" / "train.bin"
     os.truncate(path, 1500)
     with pytest.raises(UserError, match="truncated"):
-        data.open_folder(folder / "data", 50257)
+        dataset.open_folder(folder / "data", 50257)

@@ -5,12 +5,11 @@ import math
 from dataclasses import replace
 
 import pytest
-from filelock import FileLock
 
-from gpt2fast import run
 from gpt2fast import train as program
 from gpt2fast.errors import UserError
 from gpt2fast.train import train
+from gpt2fast.training import run
 from tests.tools import tiny
 
 
@@ -65,11 +64,3 @@ def test_a_run_that_appears_while_this_one_gets_ready_is_not_mixed_with_it(folde
     with pytest.raises(UserError, match="already holds a run"):
         train(c)
     assert (c.folder / "config.json").read_text() == "another's"
-
-
-def test_two_runs_in_one_directory(folder):
-    c = tiny.config(folder)
-    c.folder.mkdir(parents=True)
-    with FileLock(c.folder / "lock"), pytest.raises(UserError, match="in use by another process"):
-        train(c)
-    assert {path.name for path in c.folder.iterdir()} <= {"lock"}

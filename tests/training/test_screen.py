@@ -6,9 +6,9 @@ import termios
 
 import pytest
 
-from gpt2fast import screen
-from gpt2fast.session import prepare
 from gpt2fast.train import train
+from gpt2fast.training import screen
+from gpt2fast.training.session import prepare
 from tests.tools import programs, tiny
 
 ROW = {"step": 3, "loss": 9.87654, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 123456.7, "mfu": None}
@@ -38,7 +38,7 @@ def test_plain_lines_when_the_output_is_no_terminal(capsys):
 
 def test_one_live_line_in_a_terminal(tmp_path):
     code = f"""
-from gpt2fast.screen import Screen
+from gpt2fast.training.screen import Screen
 with Screen(10, 0) as s:
     for i in (1, 2):
         s.step({ROW!r} | {{"step": i}}, eta=9)

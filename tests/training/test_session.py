@@ -8,14 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt2fast import checkpoint, config, evaluate, hellaswag, pretrained, session
-from gpt2fast.config import PRESETS
 from gpt2fast.errors import UserError
+from gpt2fast.inference import hellaswag
+from gpt2fast.inference.loss import split_loss
 from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
-from gpt2fast.run import Interrupt
-from gpt2fast.session import prepare
 from gpt2fast.train import train, validate
+from gpt2fast.training import config, session
+from gpt2fast.training.config import PRESETS
+from gpt2fast.training.run import Interrupt
+from gpt2fast.training.session import prepare
+from gpt2fast.weights import checkpoint, load
 from tests.tools import tiny
 from tests.tools.hellaswag import ROWS, write_jsonl
 from tests.tools.runs import metrics
@@ -90,7 +93,7 @@ def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
     assert train(c) == 0
     rows = [row for row in metrics(c) if "hellaswag" in row]
     assert [row["step"] for row in rows] == [10, 20]
-    model, _ = pretrained.load(c.folder, torch.device("cpu"))
+    model = load.load_model(c.folder, torch.device("cpu"))
     found = hellaswag.score(model, hellaswag.read(path), "fp32")
     assert found.examples == len(ROWS)
     assert (rows[-1]["hellaswag"], rows[-1]["hellaswag_acc"]) == (found.acc_norm, found.acc)
@@ -103,8 +106,8 @@ def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
 def test_a_validation_of_no_batches_is_that_of_the_whole_split(tmp_path):
     s = session.prepare(tiny.config(tmp_path, val_batches=0))
     with Interrupt() as interrupt:
-        loss = validate(s, interrupt)
-    assert loss == evaluate.split_loss(s.model, s.dataset.val, 2, 16, "fp32").loss
+        found = validate(s, interrupt)
+    assert found == split_loss(s.model, s.dataset.val, 2, 16, "fp32").loss
     assert s.dataset.val[0].size % 16 != 1  # the end of the shard is no whole window, and counts
 
 

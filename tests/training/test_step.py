@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2fast import kernels, ops, optim
-from gpt2fast.graph import WARM, GraphedStep
+from gpt2fast import kernels, ops
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
-from gpt2fast.step import TrainingStep
+from gpt2fast.training import optim
+from gpt2fast.training.graph import WARM, GraphedStep
+from gpt2fast.training.step import TrainingStep
 from tests.tools import tiny
 from tests.tools.recording import played_by_hand
 
@@ -96,11 +97,11 @@ def test_gradients_of_copies_on_a_cpu(value, monkeypatch):
 
 
 def test_a_recorded_step_leaves_it_out_too(device, monkeypatch):
-    from gpt2fast import graph
+    from gpt2fast.training import graph
 
     made = []
     if device.type != "cuda":
-        monkeypatch.setattr(graph, "record", played_by_hand(made))
+        monkeypatch.setattr(graph, "record_graph", played_by_hand(made))
     model = GPT(CONFIG, ops.build(OpsConfig(), device.type)).to(device)
     step = GraphedStep(model, MAKERS["triton"](model, 0.1), precision="bf16", grad_clip=0.5)
     made.append(step)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import checkpoint
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
 from gpt2fast.train import train
+from gpt2fast.weights import checkpoint
 from tests.tools import tiny
 
 pytest.importorskip("tyro", reason="needs tyro for the command line")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2fast import weights
 from gpt2fast.errors import UserError
-from tests.tools import foreign
-from tests.tools.foreign import conv1d, random_tensors
+from gpt2fast.weights import foreign
+from tests.tools import foreign_files
+from tests.tools.foreign_files import conv1d, random_tensors
 
 hub = pytest.importorskip("huggingface_hub", reason="what is asked for is this package's snapshot_download")
 
@@ -34,10 +34,10 @@ def fake_hub(monkeypatch, repository: Path) -> list[str]:
 
 @pytest.mark.parametrize("source", ["gpt2-xl", "someone/gpt2"])
 def test_from_the_hub(tmp_path, monkeypatch, source):
-    repository = foreign.huggingface_folder(tmp_path / "repository")
+    repository = foreign_files.huggingface_folder(tmp_path / "repository")
     torch.save({"never": "downloaded"}, repository / "pytorch_model.bin")
     asked = fake_hub(monkeypatch, repository)
-    found = weights.read(source)
+    found = foreign.read(source)
     assert asked == ["openai-community/gpt2-xl" if source == "gpt2-xl" else source]
     assert found.where == f"{asked[0]} on the hub"
     assert not (tmp_path / "cache" / "pytorch_model.bin").exists()
@@ -45,23 +45,23 @@ def test_from_the_hub(tmp_path, monkeypatch, source):
 
 
 def test_from_the_hub_where_there_are_no_safetensors(tmp_path, monkeypatch):
-    repository = foreign.huggingface_folder(tmp_path / "repository")
+    repository = foreign_files.huggingface_folder(tmp_path / "repository")
     (repository / "model.safetensors").unlink()
     fake_hub(monkeypatch, repository)
     with pytest.raises(UserError, match="has neither model.safetensors nor pytorch_model.bin"):
-        weights.read("gpt2")
+        foreign.read("gpt2")
     torch.save(conv1d(random_tensors()), repository / "pytorch_model.bin")
-    assert torch.equal(weights.read("gpt2").tensors["wte.weight"], random_tensors()["wte.weight"])
+    assert torch.equal(foreign.read("gpt2").tensors["wte.weight"], random_tensors()["wte.weight"])
 
 
 def test_a_path_wins_over_the_hub(tmp_path, monkeypatch):
     asked = fake_hub(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    foreign.huggingface_folder(tmp_path / "gpt2")
-    assert weights.read("gpt2").where == "gpt2"
+    foreign_files.huggingface_folder(tmp_path / "gpt2")
+    assert foreign.read("gpt2").where == "gpt2"
     for path in ("../gpt2-mine", "/data/gpt2", "out/model.bin", "a/b/c", "gpt3", "out/"):
         with pytest.raises(UserError, match="does not exist: name a run's folder"):
-            weights.read(path)
+            foreign.read(path)
     assert not asked
 
 
@@ -70,7 +70,7 @@ def test_without_the_hub_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     by_hand = "download config.json and model.safetensors from https://huggingface.co/someone/gpt2 into a folder"
     with pytest.raises(UserError, match=rf"someone/gpt2 did not come from the hub \(\w+: .*\): {by_hand}"):
-        weights.read("someone/gpt2")
+        foreign.read("someone/gpt2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=rf"pip install 'gpt2fast\[hub\]'; or {by_hand}"):
-        weights.read("someone/gpt2")
+        foreign.read("someone/gpt2")

@@ -1,9 +1,9 @@
 """The names and shapes of GPT-2's tensors."""
 
-from gpt2fast import layout
 from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
-from tests.tools.foreign import CONFIG
+from gpt2fast.weights import layout
+from tests.tools.foreign_files import CONFIG
 
 
 def test_the_layout_is_the_models():

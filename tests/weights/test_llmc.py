@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import weights
 from gpt2fast.errors import UserError
-from tests.tools import foreign
-from tests.tools.foreign import CONFIG, random_tensors, same
+from gpt2fast.weights import foreign
+from tests.tools import foreign_files
+from tests.tools.foreign_files import CONFIG, random_tensors, same
 
 
 @pytest.mark.parametrize(("version", "dtype"), [(3, torch.float32), (5, torch.bfloat16)])
 def test_llmc(tmp_path, version, dtype):
-    (tmp_path / "gpt2.bin").write_bytes(foreign.llmc_file(CONFIG, random_tensors(), version))
-    found = weights.read(tmp_path / "gpt2.bin")
+    (tmp_path / "gpt2.bin").write_bytes(foreign_files.llmc_file(CONFIG, random_tensors(), version))
+    found = foreign.read(tmp_path / "gpt2.bin")
     assert found.config == CONFIG
     same(found.tensors, {name: tensor.to(dtype).float() for name, tensor in random_tensors().items()})
 
@@ -33,11 +33,11 @@ def test_llmc(tmp_path, version, dtype):
     ],
 )
 def test_llmcs_header_must_fit_the_file(tmp_path, field, value, match):
-    header = np.frombuffer(bytearray(foreign.llmc_file(CONFIG, random_tensors(), 3)), np.int32)
+    header = np.frombuffer(bytearray(foreign_files.llmc_file(CONFIG, random_tensors(), 3)), np.int32)
     header[field] = value
     (tmp_path / "gpt2.bin").write_bytes(header.tobytes())
     with pytest.raises(UserError, match=match):
-        weights.read(tmp_path / "gpt2.bin")
+        foreign.read(tmp_path / "gpt2.bin")
     (tmp_path / "gpt2.bin").write_bytes(header.tobytes()[:100])
     with pytest.raises(UserError, match="100 bytes are less than its header"):
-        weights.read(tmp_path / "gpt2.bin")
+        foreign.read(tmp_path / "gpt2.bin")

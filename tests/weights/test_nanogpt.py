@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt2fast import weights
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPTConfig
-from tests.tools.foreign import CONFIG, nanogpt_checkpoint, random_tensors, same
+from gpt2fast.weights import foreign
+from tests.tools.foreign_files import CONFIG, nanogpt_checkpoint, random_tensors, same
 
 
 def test_nanogpt(tmp_path):
     nanogpt_checkpoint(tmp_path / "ckpt.pt", CONFIG, random_tensors())
     for source in (tmp_path, tmp_path / "ckpt.pt"):
-        found = weights.read(source)
+        found = foreign.read(source)
         assert found.config == CONFIG
         assert found.where == str(tmp_path / "ckpt.pt")
         same(found.tensors, random_tensors())
@@ -25,10 +25,10 @@ def test_nanogpt_without_biases_has_biases_of_zero(tmp_path):
     with_weights_only = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
     nanogpt_checkpoint(tmp_path / "ckpt.pt", CONFIG, with_weights_only, bias=False)
     needed = {name: tensor * (not name.endswith(".bias")) for name, tensor in tensors.items()}
-    same(weights.read(tmp_path).tensors, needed)
+    same(foreign.read(tmp_path).tensors, needed)
     nanogpt_checkpoint(tmp_path / "ckpt.pt", CONFIG, with_weights_only, bias=True)
     with pytest.raises(UserError, match="missing: h.0.ln_1.bias"):
-        weights.read(tmp_path)
+        foreign.read(tmp_path)
 
 
 def test_the_padding_of_nanogpts_vocabulary_is_left_out(tmp_path):
@@ -38,7 +38,7 @@ def test_the_padding_of_nanogpts_vocabulary_is_left_out(tmp_path):
     nanogpt_checkpoint(tmp_path / "ckpt.pt", config, tensors)
     torch.save({f"transformer.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "state_dict.pt")
     for source in (tmp_path, tmp_path / "state_dict.pt"):
-        found = weights.read(source)
+        found = foreign.read(source)
         assert found.config == replace(config, vocab_size=50257)
         same(found.tensors, needed)
 
@@ -46,4 +46,4 @@ def test_the_padding_of_nanogpts_vocabulary_is_left_out(tmp_path):
 def test_nanogpts_arguments_must_describe_a_model(tmp_path):
     torch.save({"model": random_tensors(), "model_args": {"n_layer": 2}}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="model_args describe no GPT-2"):
-        weights.read(tmp_path)
+        foreign.read(tmp_path)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import openai, weights
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPTConfig
-from tests.tools.foreign import OPENAI
+from gpt2fast.weights import foreign, openai
+from tests.tools.foreign_files import OPENAI
 from tests.tools.hostile import block, refused, table, varint
 
 
@@ -19,14 +19,14 @@ def test_openais_checkpoint_without_tensorflow():
     with np.load(OPENAI / "model.npz") as archive:
         stored = {name: torch.from_numpy(archive[name]) for name in archive}
     for source in (OPENAI, OPENAI / "model.ckpt.index", OPENAI / "model.npz"):
-        found = weights.read(source)
+        found = foreign.read(source)
         assert found.config == expected
         assert torch.equal(found.tensors["wte.weight"], stored["model/wte"])
         assert torch.equal(found.tensors["h.1.ln_2.weight"], stored["model/h1/ln_2/g"])
         assert torch.equal(found.tensors["h.0.attn.c_attn.weight"], stored["model/h0/attn/c_attn/w"][0].T)
         assert torch.equal(found.tensors["h.1.mlp.c_proj.bias"], stored["model/h1/mlp/c_proj/b"])
-    by_numpy = weights.read(OPENAI / "model.npz").tensors
-    assert all(torch.equal(tensor, by_numpy[name]) for name, tensor in weights.read(OPENAI).tensors.items())
+    by_numpy = foreign.read(OPENAI / "model.npz").tensors
+    assert all(torch.equal(tensor, by_numpy[name]) for name, tensor in foreign.read(OPENAI).tensors.items())
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def release(tmp_path) -> Path:
 
 def test_a_flipped_byte_of_the_index_is_refused_or_does_not_matter(release):
     index = release / "model.ckpt.index"
-    whole, needed = index.read_bytes(), weights.read(release).tensors
+    whole, needed = index.read_bytes(), foreign.read(release).tensors
     refused = 0
     for i in range(len(whole)):
         index.write_bytes(whole[:i] + bytes([whole[i] ^ 0x5A]) + whole[i + 1 :])
         try:
-            found = weights.read(release).tensors
+            found = foreign.read(release).tensors
             assert all(torch.equal(tensor, needed[name]) for name, tensor in found.items())
         except UserError as error:
             assert "is damaged or no TensorFlow checkpoint" in str(error)
@@ -54,20 +54,20 @@ def test_what_is_missing_or_cut_beside_the_index_is_refused(release):
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
     with pytest.raises(UserError, match="index is damaged.*in data of 16895 bytes"):
-        weights.read(release)
+        foreign.read(release)
     data.unlink()
     with pytest.raises(UserError, match="data-00000-of-00001 cannot be read"):
-        weights.read(release)
+        foreign.read(release)
     data.write_bytes(whole)
     (release / "hparams.json").write_text('{"n_vocab": 29}')
     with pytest.raises(UserError, match="hparams.json describes no GPT-2"):
-        weights.read(release)
+        foreign.read(release)
     (release / "hparams.json").unlink()
     with pytest.raises(UserError, match="no size that is known"):
-        weights.read(release)
+        foreign.read(release)
     shutil.copy(release / "model.ckpt.index", release / "model-2.ckpt.index")
     with pytest.raises(UserError, match="holds 2 TensorFlow checkpoints: name one"):
-        weights.read(release)
+        foreign.read(release)
 
 
 @pytest.mark.parametrize(

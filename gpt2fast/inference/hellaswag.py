@@ -1,0 +1,254 @@
+"""HellaSwag: four endings of a text, one of them true; a model's choice is the ending that it finds likeliest.
+
+    tokens = encode(ctx) + encode(" " + ending)        no <|endoftext|> in front
+    loss   = -sum ln p(token | all tokens before it)   over the ending's tokens
+    acc    = share of examples where the true ending has the smallest loss
+    acc_norm, the one that is quoted: the smallest loss per token, of two equal ones the first
+
+This "completion style" is how llm.c and build-nanogpt count: there GPT-2 124M has acc 0.2859 and acc_norm 0.2955. Only
+the hidden states that predict an ending's token go through the head, a chunk at a time, so that memory stays bounded.
+
+Read are the validation split of its authors, JSON lines, and llm.c's hellaswag_val.bin, told apart by their first
+bytes. The latter, little-endian: 256 int32 (20240522, version 1, number of examples, bytes of the longest); then for
+each example uint16: 65535, its bytes, its number, label, 4, then context and endings, each as its length and tokens.
+
+Zellers et al. 2019, arXiv:1905.07830.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from gpt2fast.data import tokenizer
+from gpt2fast.data.shards import HEADER_BYTES, check_tokens
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.files import checked
+from gpt2fast.files.download import download
+from gpt2fast.machine.device import Precision, autocast
+from gpt2fast.machine.world import ALONE, World
+from gpt2fast.model import GPT, GPTConfig
+from gpt2fast.reference import IGNORE
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 10,042 examples
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+CACHED = Path("data/hellaswag/hellaswag_val.jsonl")
+MAGIC = 20240522
+START = 2**16 - 1  # of an example
+LARGEST = 2**26  # bytes of a file; the validation split's have 12 and 4 million
+ENDINGS = 4
+WIDTHS = 16  # rows are padded to a multiple of it, so that few shapes occur
+ROWS = 1024  # of logits at a time: 206 MB of fp32 at GPT-2's vocabulary
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens, and which ending is the true one."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest ending."""
+        return max(map(len, self.endings))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracies as shares; `stderr` is the standard error of acc_norm; `cut` counts contexts that were too long."""
+
+    examples: int
+    acc: float
+    acc_norm: float
+    stderr: float
+    cut: int
+
+
+def fetch(path: Path = CACHED) -> Path:
+    """`path`, downloaded unless it is there. RunError if that fails: it then says what to do by hand."""
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download(URL, path, SHA256, f"Get it elsewhere, and name it with --from, or put it at {path}")
+        except OSError as error:
+            raise RunError(f"cannot write {path} ({error.strerror}): name a copy with --from") from None
+    return path
+
+
+def read(path: Path, vocab_file: Path | None = None) -> list[Example]:
+    """The examples of a file. UserError on what is not sound, with the line's or the example's number."""
+    try:
+        with checked.open_file(path) as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name hellaswag_val.jsonl or .bin") from None
+    if len(content) > LARGEST:
+        raise UserError(f"{path} has more than {LARGEST:,} bytes: name hellaswag_val.jsonl or .bin")
+    is_bin = len(content) >= 4 and int(np.frombuffer(content[:4], "<i4")[0]) == MAGIC
+    examples = _read_bin(content, path) if is_bin else _read_jsonl(content, path, vocab_file)
+    if not examples:
+        raise UserError(f"{path} holds no example")
+    return examples
+
+
+def _read_jsonl(content: bytes, path: Path, vocab_file: Path | None) -> list[Example]:
+    lines = [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    rows = [_row(line, f"{path}, line {i}") for i, line in lines]
+    encode = tokenizer.load(vocab_file).encode_ordinary_batch
+    contexts = encode([ctx for ctx, _, _ in rows])
+    endings = encode([f" {ending}" for _, four, _ in rows for ending in four])
+    return [
+        Example(context, endings[ENDINGS * i : ENDINGS * (i + 1)], label)
+        for i, (context, (_, _, label)) in enumerate(zip(contexts, rows))
+    ]
+
+
+def _row(line: bytes, where: str) -> tuple[str, list[str], int]:
+    """Context, endings and label of a line of JSON."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON ({error}): the file is damaged, get it again") from None
+    missing = [name for name in ("ctx", "endings", "label") if not isinstance(row, dict) or name not in row]
+    if missing:
+        raise UserError(f"{where} has no {missing[0]!r}: a HellaSwag example has ctx, endings and label")
+    ctx, endings, label = row["ctx"], row["endings"], row["label"]
+    if not isinstance(ctx, str) or not ctx:
+        raise UserError(f"{where}: ctx is {ctx!r}, and must be text, or nothing predicts an ending's first token")
+    if not isinstance(endings, list) or len(endings) != ENDINGS:
+        raise UserError(f"{where}: endings is {str(endings)[:60]!r}, and must be a list of {ENDINGS} texts")
+    if not all(isinstance(ending, str) and ending for ending in endings):
+        raise UserError(f"{where} has an ending that is empty or no text")
+    if type(label) is not int or not 0 <= label < ENDINGS:
+        raise UserError(f"{where}: label is {label!r}, and must be 0 to 3 (the test split has none: take val)")
+    return ctx, endings, label
+
+
+def _read_bin(content: bytes, path: Path) -> list[Example]:
+    header = np.frombuffer(content[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), "<i4")
+    body = content[HEADER_BYTES:]
+    version, count, longest = map(int, header[1:4])
+    if version != 1 or len(body) % 2:
+        raise UserError(f"{path} is no hellaswag_val.bin: version {version}, {len(content)} bytes: write it again")
+    stream = np.frombuffer(body, "<u2").tolist()
+    examples: list[Example] = []
+    sizes, at = [0], 0
+    while at < len(stream):
+        example, size = _example(stream, at, len(examples), f"{path}, example {len(examples)}")
+        examples.append(example)
+        sizes.append(2 * size)
+        at += size
+    if len(examples) != count or max(sizes) != longest:
+        raise UserError(
+            f"{path} is truncated or padded: its header counts {count} examples of at most {longest} bytes, and it "
+            f"holds {len(examples)} of at most {max(sizes)}: write it again"
+        )
+    return examples
+
+
+def _example(stream: list[int], at: int, number: int, where: str) -> tuple[Example, int]:
+    """The example that begins at `at`, and how many uint16 it takes."""
+    start, size, index, label, endings = (stream[at : at + 5] + [-1] * 5)[:5]
+    parts: list[list[int]] = []
+    end = at + 5
+    while end < len(stream) and len(parts) < 1 + ENDINGS:
+        parts.append(stream[end + 1 : end + 1 + stream[end]])
+        end += 1 + stream[end]
+    sound = (start, size, index, endings) == (START, 2 * (end - at), number, ENDINGS) and 0 <= label < ENDINGS
+    if not sound or end > len(stream) or len(parts) < 1 + ENDINGS or not all(parts):
+        raise UserError(f"{where} is damaged or cut off: write the file again")
+    check_tokens(np.concatenate(parts), tokenizer.EOT + 1, where)
+    return Example(parts[0], parts[1:], label), end - at
+
+
+def fit(examples: Sequence[Example], config: GPTConfig) -> tuple[list[Example], int]:
+    """Examples that the model can read, and how many contexts lost their beginning for that, the same for all four
+    endings. GPT-2's 1024 positions hold every example whole. UserError if an ending alone is too long."""
+    if config.vocab_size <= tokenizer.EOT:
+        raise UserError(f"the model knows {config.vocab_size} tokens: HellaSwag needs GPT-2's {tokenizer.EOT + 1}")
+    fitting = []
+    for i, example in enumerate(examples):
+        room = config.block_size + 1 - example.longest  # an ending's last token is predicted, and never an input
+        if room < 1:
+            raise UserError(
+                f"example {i} has an ending of {example.longest} tokens, and the model reads {config.block_size}: "
+                "HellaSwag needs a model with a larger block size"
+            )
+        fitting.append(Example(example.context[-room:], example.endings, example.label))
+    return fitting, sum(new.context != old.context for new, old in zip(fitting, examples))
+
+
+@torch.no_grad()
+def score(
+    model: GPT,
+    examples: Sequence[Example],
+    precision: Precision,
+    *,
+    tokens: int = 16384,
+    give_up: Callable[[], bool] = lambda: False,
+    progress: bool = False,
+    world: World = ALONE,
+) -> Score | None:
+    """Accuracy over `examples`, which the ranks share, about `tokens` of them at a time; None once `give_up`, asked
+    before each batch, says yes to any of them. The longest come first: what does not fit into memory fails at once."""
+    examples, cut = fit(examples, model.config)
+    examples.sort(key=lambda example: -len(example.context) - example.longest)
+    examples = examples[world.rank :: world.size]
+    right, right_norm, done, given_up = 0, 0, 0, False
+    with tqdm(total=len(examples), desc="HellaSwag", unit=" examples", disable=not progress, mininterval=0.5) as bar:
+        while done < len(examples):
+            given_up = give_up()
+            if given_up:
+                break
+            width = len(examples[done].context) + examples[done].longest
+            batch = examples[done : done + max(1, tokens // (ENDINGS * width))]
+            losses = ending_losses(model, batch, precision)
+            if not losses.isfinite().all():
+                raise RunError("HellaSwag: a loss is not finite: look at the weights, or try --precision fp32")
+            per_token = losses / torch.tensor([[len(ending) for ending in example.endings] for example in batch])
+            labels = torch.tensor([example.label for example in batch])
+            right += int((losses.argmin(1) == labels).sum())
+            right_norm += int((per_token.argmin(1) == labels).sum())
+            done += len(batch)
+            bar.update(len(batch))
+            bar.set_postfix_str(f"acc_norm {right_norm / done:.4f}")
+    right_of_all, norm_of_all, count, gave_up = world.totals(right, right_norm, done, given_up)
+    if gave_up:
+        return None
+    acc, acc_norm = right_of_all / count, norm_of_all / count
+    return Score(int(count), acc, acc_norm, (acc_norm * (1 - acc_norm) / count) ** 0.5, cut)
+
+
+@torch.no_grad()
+def ending_losses(model: GPT, batch: Sequence[Example], precision: Precision) -> Tensor:
+    """The loss of each ending, summed over its tokens: (examples, 4) float64 on the CPU."""
+    rows = [(example.context, ending) for example in batch for ending in example.endings]
+    longest = max(len(context) + len(ending) - 1 for context, ending in rows)
+    width = min(model.config.block_size, -(-longest // WIDTHS) * WIDTHS)
+    x = torch.zeros(len(rows), width, dtype=torch.int64)  # what stands behind a row's end changes nothing before it
+    y = torch.full_like(x, IGNORE)
+    for i, (context, ending) in enumerate(rows):
+        end = len(context) + len(ending) - 1
+        x[i, :end] = torch.tensor([*context, *ending][:-1])
+        y[i, len(context) - 1 : end] = torch.tensor(ending)
+    device = model.wte.weight.device
+    places = (y.flatten() != IGNORE).nonzero().squeeze(1)
+    targets = y.flatten()[places].to(device)
+    with autocast(device, precision):
+        h = model.hidden(x.to(device)).flatten(0, 1)[places.to(device)]  # (tokens of endings, C)
+        losses = [_losses(model.logits(part), t) for part, t in zip(h.split(ROWS), targets.split(ROWS))]
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    return sums.index_add_(0, places // width, torch.cat(losses).cpu().double()).view(-1, ENDINGS)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # float64 stays, to be the truth in tests
+    return F.cross_entropy(logits.to(dtype), targets, reduction="none")

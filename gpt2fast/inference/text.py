@@ -1,0 +1,39 @@
+"""Text written by a model: a prompt in, the prompt and its continuation out."""
+
+from pathlib import Path
+
+import tiktoken
+
+from gpt2fast.data import tokenizer
+from gpt2fast.inference.decode import Sampling, generate
+from gpt2fast.machine.device import Precision
+from gpt2fast.model import GPT
+
+
+def sample_text(
+    model: GPT,
+    prompt: str,
+    n: int,
+    *,
+    precision: Precision,
+    seed: int,
+    vocab_file: Path | None = None,
+    sampling: Sampling | None = None,
+) -> str:
+    """The prompt and up to `n` tokens after it. It begins behind <|endoftext|>, as every document in training did, and
+    ends with the next one. Nothing is recorded: a run that trains keeps its memory, and its own graphs, to itself."""
+    encoding = tokenizer.load(vocab_file)
+    tokens = generate(
+        model, [encode(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT,
+        record=False,
+    )  # fmt: skip
+    return prompt + encoding.decode(until_end(tokens[0].tolist()))
+
+
+def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+    return [tokenizer.EOT, *encoding.encode_ordinary(prompt)]
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    """Without the first <|endoftext|> and what follows it."""
+    return tokens[: tokens.index(tokenizer.EOT)] if tokenizer.EOT in tokens else tokens

@@ -1,0 +1,1 @@
+"""The device, the processes and the versions that a run computes on."""

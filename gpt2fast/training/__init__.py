@@ -1,0 +1,1 @@
+"""A run: settings, session, step, optimizer, its folder and its screen."""

@@ -1,0 +1,248 @@
+"""AdamW with weight decay on matrices only, and the learning rate as a pure function of the step.
+
+Loshchilov & Hutter 2017, arXiv:1711.05101. Settings of the GPT-3 paper (arXiv:2005.14165, appendix B).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2fast.machine.world import ALONE, World, shard, unwrapped
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+ROW = 1024  # numbers of a gradient whose squares are summed by themselves
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and embeddings decay; biases and LayerNorm weights do not. The tied head is in once."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(
+    model: nn.Module,
+    weight_decay: float,
+    betas: tuple[float, float] = BETAS,
+    fused: bool = True,
+    kernels: ModuleType | None = None,
+    world: World = ALONE,
+) -> "AdamW":
+    """`lr` is 0 until the training loop sets it, each step, from `learning_rate`. `kernels`: of ops.kernels.
+
+    The ranks of `world` divide its state among them, by ZeRO-1: what is returned then only looks like an AdamW.
+    """
+    kind = AdamW if kernels is None else partial(TritonAdamW, kernels)
+    make: Callable[..., AdamW] = kind if world.size == 1 else partial(shard, kind, world=world)
+    return make(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=EPS, fused=fused)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, which also takes gradients from rounded copies of the weights, and rounds the weights again.
+
+    `copies` maps a weight to its copy. Where the copy has a gradient, one compiled pass over memory converts it,
+    divides it by `grad_scale`, updates moments and weight, and writes the copy; torch would make three.
+
+    Where `found_inf` is 1, the step is left out: weights, copies, moments and "step" stay as they are.
+    """
+
+    grad_scale: Tensor | None
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.copies: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here is done twice
+        shorten = getattr(self, "grad_scale", None)
+        shorten = torch.ones(()) if shorten is None else shorten
+        for group in self.param_groups:
+            for weight in group["params"]:
+                copy = self.copies.get(weight)
+                # a copy has a gradient on a CPU only, where asking found_inf waits for nothing
+                if copy is not None and copy.grad is not None and not getattr(self, "found_inf", None):
+                    self._step_with_copy(group, weight, copy, shorten)
+        super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for copy in self.copies.values():
+            copy.grad = None
+
+    def _state(self, weight: Tensor) -> dict[str, Tensor]:
+        """As torch's fused one has it."""
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        return state
+
+    def _step_with_copy(self, group: dict, weight: Tensor, copy: Tensor, shorten: Tensor) -> None:
+        assert copy.grad is not None
+        state = self._state(weight)
+        state["step"] += 1
+        step, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
+        numbers = (
+            beta1, beta2, group["eps"], 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta2**step
+        )  # fmt: skip
+        tensors = weight, copy, copy.grad, state["exp_avg"], state["exp_avg_sq"]
+        _compiled(_update)(*(x.view(-1) for x in tensors), shorten, torch.tensor(numbers))
+
+
+class TritonAdamW(AdamW):
+    """The same in one launch over all weights, with or without copies: kernels/adamw.py.
+
+    `step` is `send_numbers`, which is the host's work and waits for nothing, and `update`, which is the device's: a
+    captured graph of `update` finds the numbers of each step where `send_numbers` puts them. Where `grad_scale` is not
+    finite, `update` leaves the step out; so "step" is counted on the device.
+
+    Not for fp16, where GradScaler has its own pass over the gradients, and leaves the step out if one is infinite:
+    torch's fused AdamW asks the device for that, here GradScaler would wait for it.
+    """
+
+    def __init__(self, kernels: ModuleType, *args, **options):
+        super().__init__(*args, **options)
+        self._step_supports_amp_scaling = False  # GradScaler's protocol
+        self._kernels = kernels
+        self._table = kernels.ParameterTable(self._weights()[0].device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.send_numbers()
+        self.update()
+
+    @torch.no_grad()
+    def send_numbers(self) -> None:
+        """The settings of every weight that has a gradient."""
+        settings = [
+            (*group["betas"], group["eps"], group["lr"], group["weight_decay"]) for group, *_ in self._with_gradients()
+        ]
+        if settings:
+            beta1, beta2, eps, lr, decay = torch.tensor(settings, dtype=torch.float64).unbind(1)
+            numbers = 1 - beta1, 1 - beta2, eps, lr * decay, lr, beta1.log2(), beta2.log2()
+            self._table.set_numbers(torch.stack(numbers, 1))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Weights, moments and copies, from gradients that are divided by `grad_scale`, if there is one."""
+        self.refresh()
+        shorten = getattr(self, "grad_scale", None)
+        self._kernels.adamw_(self._table, torch.ones((), device=self._table.device) if shorten is None else shorten)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        self.refresh()
+        return self._kernels.gradient_norm(self._table)
+
+    def refresh(self) -> None:
+        """Gradients may be elsewhere in each step, moments after a checkpoint was loaded."""
+        rows = []
+        for _, weight, holder, state in self._with_gradients():
+            assert holder.grad is not None
+            if not holder.grad.is_contiguous():
+                holder.grad = holder.grad.contiguous()
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            rows.append((holder.grad, weight, *moments, self.copies.get(weight), state["step"]))
+        self._table.refresh(rows)
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [weight for group in self.param_groups for weight in group["params"]]
+
+    def _with_gradients(self) -> Iterator[tuple[dict, Tensor, Tensor, dict[str, Tensor]]]:
+        """(group, weight, whichever of weight and copy has the gradient, state)"""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                copy = self.copies.get(weight)
+                holder = weight if copy is None or copy.grad is None else copy
+                if holder.grad is not None:
+                    yield group, weight, holder, self._state(weight)
+
+
+def takes_copies(optimizer: torch.optim.Optimizer, compile: bool, accumulation: int) -> bool:
+    """Whether it writes copies on its way: Triton's kernel always, the compiled CPU pass from a copy's gradient."""
+    if isinstance(optimizer, TritonAdamW):
+        return True
+    on_cpu = all(g["fused"] and g["params"][0].device.type == "cpu" for g in optimizer.param_groups)
+    return isinstance(optimizer, AdamW) and on_cpu and compile and accumulation == 1
+
+
+@cache
+def _compiled(fn: Callable) -> Callable:
+    """At its first use, for any length: torch.compile imports a lot."""
+    return torch.compile(fn, dynamic=True)
+
+
+def _update(w: Tensor, copy: Tensor, g: Tensor, m: Tensor, v: Tensor, shorten: Tensor, numbers: Tensor) -> None:
+    """Algorithm 2 of the paper, in place; everything flat, computed in fp32."""
+    beta1, beta2, eps, keep, lr, correction = numbers.unbind()
+    g = g.float() / shorten
+    m.copy_(beta1 * m + (1 - beta1) * g)
+    v.copy_(beta2 * v + (1 - beta2) * g * g)
+    w.copy_(keep * w - lr * m / ((v / correction).sqrt() + eps))
+    copy.copy_(w)
+
+
+def _split(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat numbers as rows of ROW, and the rest of them."""
+    whole = len(g) // ROW
+    return g[: whole * ROW].view(whole, ROW), g[whole * ROW :]
+
+
+def _square_sum(g: Tensor) -> Tensor:
+    rows, rest = _split(g)
+    return (rows.float() ** 2).sum(1).sum() + (rest.float() ** 2).sum()
+
+
+def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
+    """Of step 0 .. total-1: linear warm-up to `peak` over `warmup` steps, then a cosine to `floor` at the last."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
+    """The gradient's norm (0-d, on the device). The gradient is shortened to at most `longest`, now or, where the
+    optimizer is fused, on its way: as for torch's GradScaler it divides by `grad_scale`, which saves a pass.
+
+    If the norm is not finite, the optimizer's next step does nothing: it sees so in `found_inf` (TritonAdamW in
+    `grad_scale`), and the host waits for nothing; one that is not fused finds no gradients.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in (*weights, *getattr(optimizer, "copies", {}).values()) if p.grad is not None]
+    norm = optimizer.gradient_norm() if isinstance(optimizer, TritonAdamW) else gradient_norm(gradients)
+    shorten = (norm / longest).clamp(min=1.0)  # not finite where the norm is not: inf / inf is NaN
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        torch._foreach_div_(gradients, shorten)
+        if not norm.isfinite():
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+    local: Any = unwrapped(optimizer)
+    local.grad_scale = shorten.float()
+    if not isinstance(local, TritonAdamW):
+        local.found_inf = (~norm.isfinite()).float()
+    return norm
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """Of all gradients together, fp32. On a CPU of rows first: in one sum over 38 M numbers torch loses 1e-3, as does
+    BLAS in a dot product, and another number of threads loses other bits. Rows take no longer and lose 1e-7."""
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    squares = []
+    for g in map(torch.flatten, gradients):
+        if g.dtype == torch.bfloat16:
+            squares.append(_compiled(_square_sum)(g))
+        else:
+            rows, rest = _split(g)
+            squares.append(torch.linalg.vector_norm(rows, dim=1).square().sum() + torch.dot(rest, rest))
+    return torch.stack(squares).sum().sqrt()

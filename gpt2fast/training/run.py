@@ -1,0 +1,161 @@
+"""A run's folder, out/<run>/: who may write there, and what stands in it.
+
+lock             held by the one process that works here; the system frees it, also after kill -9
+config.json      settings, what became of "auto", machine, versions, commit, and every resume
+metrics.jsonl    a line a step, and a line a validation or sample
+loss.png         redrawn at every validation and at the end
+checkpoints/     see checkpoint.py
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2fast.errors import UserError
+from gpt2fast.files.atomic import named, write_atomic
+
+
+def check_free(folder: Path) -> None:
+    """UserError if there is anything in `folder`; writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder with --out or --run")
+    if folder.is_dir() and any(path.name != "lock" for path in folder.iterdir()):
+        kind = "a run" if (folder / "config.json").exists() else "other files"
+        raise UserError(
+            f"{folder} already holds {kind}: continue it with --resume, or choose another name with --run NAME"
+        )
+
+
+def run_folder(source: str | Path) -> Path | None:
+    """The run folder of `source`, if it is a run or one of its checkpoints; else None."""
+    path = Path(source)
+    above = path.parents[1] if path.parent.name == "checkpoints" and len(path.parents) > 1 else path
+    found = (folder for folder in (path, above) if (folder / "metrics.jsonl").exists())
+    return next(found, None)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for place in (folder, folder / "checkpoints"):
+        for path in place.glob(".*.tmp") if place.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in place.glob(".*.deleted") if place.is_dir() else ():
+            shutil.rmtree(path)
+
+
+def iter_metrics(path: Path) -> Iterator[dict]:
+    """The rows of metrics.jsonl, one at a time: a row takes 1.2 KB of memory, and a long run has many. A last line that
+    was cut off by a kill is left out."""
+    with path.open() if path.exists() else contextlib.nullcontext(()) as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All of them."""
+    return list(iter_metrics(path))
+
+
+class Metrics:
+    """Context manager. Appends rows to metrics.jsonl, and to TensorBoard's files if a folder for them is given."""
+
+    def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None):
+        """Rows after `last_step`, which a resumed run makes again, are dropped: every step stands there once."""
+        self.before = [row for row in read_metrics(path) if row["step"] <= last_step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.before))
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = _tensorboard_writer()(tensorboard, purge_step=last_step + 1) if tensorboard else None
+
+    def write(self, row: dict) -> None:
+        # JSON has no NaN and no infinity, and a step that is left out has them
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+        with named(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._writer:
+            for name, value in row.items():
+                if name == "sample":
+                    self._writer.add_text(name, value, row["step"])
+                elif name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, row["step"])
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with named(self._path):
+            self._file.close()  # which writes again what a full disk did not take, and fails again
+        if self._writer:
+            self._writer.close()
+
+
+class NoMetrics:
+    """Of a rank that writes nothing."""
+
+    def __init__(self):
+        self.before: list[dict] = []
+
+    def write(self, row: dict) -> None:
+        pass
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def check_tensorboard() -> None:
+    """UserError if TensorBoard is not installed."""
+    _tensorboard_writer()
+
+
+def _tensorboard_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install 'gpt2fast[tensorboard]'") from None
+    return SummaryWriter
+
+
+class Interrupt:
+    """While it is entered, Ctrl-C and SIGTERM are remembered instead of obeyed; a second Ctrl-C is obeyed.
+
+    `signal` is the number that came, or None. The loop asks between steps, and ends with a checkpoint. Within a
+    step it asks `overdue`: a step that is not done `GRACE` seconds after the signal is given up, so that the
+    checkpoint of the one before it is written before whoever sent the signal loses patience.
+
+    One Ctrl-C may come twice: from the terminal, which sends it to all its processes, and from torchrun.
+    """
+
+    GRACE = 5.0
+    ECHO = 1.0  # seconds
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._since = 0.0
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def overdue(self) -> bool:
+        return self.signal is not None and time.monotonic() - self._since > self.GRACE
+
+    def _remember(self, number: int, _frame) -> None:
+        if self.signal == signal.SIGINT == number and time.monotonic() - self._since > self.ECHO:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()

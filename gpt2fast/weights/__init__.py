@@ -1,0 +1,1 @@
+"""Tensors on disk, our own and other projects', and the model made of them."""

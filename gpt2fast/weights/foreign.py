@@ -1,0 +1,163 @@
+"""Weights from others: whatever the format, our names, (out, in), fp32, every tensor accounted for.
+
+    Hugging Face    config.json and model.safetensors or pytorch_model.bin, here or on the hub      huggingface.py
+    OpenAI          TensorFlow's model.ckpt.index and .data, or an .npz with the same names         openai.py
+    llm.c           one .bin, fp32 or bf16                                                          llmc.py
+    nanoGPT         ckpt.pt, or a bare state_dict, as build-nanogpt's becomes one                   nanogpt.py
+
+A format module yields the shape of the model, where the file tells it, and tensors that may still be transposed, carry
+prefixes, be in half precision. The rest is done here, once for all. A run of ours is read by load.py.
+
+Tensors are views of memory-mapped files where that is possible, transposed ones too: gpt2-xl then takes no memory until
+a model copies it. Writing to one does not write to the file.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2fast.errors import UserError
+from gpt2fast.files import containers
+from gpt2fast.files.checked import open_file
+from gpt2fast.model import VOCAB_SIZE, GPTConfig
+from gpt2fast.weights import huggingface, llmc, nanogpt, openai
+from gpt2fast.weights.layout import PADDED_VOCAB_SIZE, TRANSPOSED, heads, shapes, unpadded
+
+ACCEPTED = (
+    "a run's folder or checkpoint, a Hugging Face folder (config.json, model.safetensors or pytorch_model.bin), "
+    "OpenAI's TensorFlow folder (model.ckpt.index) or .npz, llm.c's .bin, nanoGPT's ckpt.pt, or a model on the hub "
+    f"({', '.join(huggingface.HUB)}, owner/name)"
+)
+_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which some store
+_BLOCK = re.compile(r"h\.(\d{1,9})\.")
+_FIRST = "h.0.attn.c_attn.weight"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NAMED = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's shape and its tensors: the names of `GPT.state_dict()`, fp32, on the CPU, the vocabulary unpadded.
+
+    `state` is what a checkpoint of ours knows besides (checkpoint.py), its "ops" an OpsConfig; None for other formats.
+    """
+
+    config: GPTConfig
+    tensors: dict[str, Tensor]
+    where: str
+    state: dict | None = None
+
+
+def read(source: str | Path) -> Weights:
+    """The weights at `source`: a path, or a model on the hub where there is no such path. UserError if not sound."""
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        return _read_file(path)
+    if name := huggingface.hub_name(str(source)):
+        folder = huggingface.download(name, str(source))
+        found = huggingface.find(folder)
+        assert found, "download gives no folder without"
+        return assemble(*huggingface.read_folder(folder, found), f"{name} on the hub")
+    raise UserError(f"{source} does not exist: name {ACCEPTED}")
+
+
+def _read_folder(folder: Path) -> Weights:
+    if name := huggingface.find(folder):
+        return assemble(*huggingface.read_folder(folder, name), str(folder))
+    if (folder / nanogpt.NAME).is_file():
+        return assemble(*nanogpt.read(folder / nanogpt.NAME), str(folder / nanogpt.NAME))
+    if index := openai.find_index(folder):
+        return assemble(*openai.read(index), str(folder))
+    raise UserError(f"{folder} holds no run and no weights that are known here: name {ACCEPTED}")
+
+
+def _read_file(path: Path) -> Weights:
+    try:
+        with open_file(path) as file:
+            head = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    config: GPTConfig | None
+    if head == llmc.MAGIC:
+        config, tensors = llmc.read(path)
+    elif path.suffix == ".index":
+        config, tensors = openai.read(path)
+    elif path.suffix == ".npz":
+        config, tensors = openai.read_npz(path)
+    elif path.suffix == ".safetensors":
+        config, tensors = None, containers.read_safetensors(path)
+    elif head[:2] in (b"PK", b"\x80\x02"):  # a pickle, in a zip file since torch 1.6
+        config, tensors = nanogpt.read(path)
+    else:
+        raise UserError(f"{path} is no file of weights that is known here: name {ACCEPTED}")
+    return assemble(config or huggingface.config_beside(path), tensors, str(path))
+
+
+def assemble(config: GPTConfig | None, tensors: Mapping[str, Tensor], where: str) -> Weights:
+    """Foreign names and layouts -> ours. `config` None: read off the shapes, where the table of sizes knows the heads.
+
+    UserError that names missing, extra and misshapen tensors, a head of its own, or a dtype that fp32 cannot hold.
+    """
+    plain = {name.removeprefix("_orig_mod.").removeprefix("transformer."): t for name, t in tensors.items()}
+    if len(plain) < len(tensors):
+        raise UserError(f"{where} holds a tensor twice, with and without a prefix of its name: leave one out")
+    tensors = {name: tensor for name, tensor in plain.items() if not _BUFFER.fullmatch(name)}
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" in tensors and not _equal(head, tensors["wte.weight"]):
+        raise UserError(f"{where}: lm_head.weight is not wte.weight: a head of its own is not GPT-2's, which is tied")
+    first = tensors.get(_FIRST)
+    if first is not None and first.dim() == 2 and first.shape[1] == 3 * first.shape[0]:
+        tensors = {n: t.T if n.endswith(TRANSPOSED) and t.dim() == 2 else t for n, t in tensors.items()}
+    config = config or _infer(tensors, where)
+    if config.n_layer > len(tensors):  # before names are made for all of them
+        raise UserError(f"{where}: n_layer is {config.n_layer}, but there are only {len(tensors)} tensors")
+    wte = tensors.get("wte.weight")
+    if wte is not None and wte.dim() == 2 and len(wte) == PADDED_VOCAB_SIZE and config.vocab_size == VOCAB_SIZE:
+        tensors["wte.weight"] = wte[:VOCAB_SIZE]
+    needed = shapes(config)
+    _check(tensors, needed, where)
+    return Weights(config, {name: tensors[name].float() for name in needed}, where)
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.shape == y.shape and (x.data_ptr() == y.data_ptr() or torch.equal(x, y))
+
+
+def _infer(tensors: Mapping[str, Tensor], where: str) -> GPTConfig:
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in tensors or tensors[name].dim() != 2 or not tensors[name].numel():
+            raise UserError(f"{where} holds no GPT-2: {name} is missing{_some(tensors, '; there is ')}")
+    n_layer = 1 + max((int(match[1]) for name in tensors if (match := _BLOCK.match(name))), default=-1)
+    (V, C), T = tensors["wte.weight"].shape, len(tensors["wpe.weight"])
+    n_head = heads(n_layer, C)
+    if n_head is None:
+        raise UserError(
+            f"{where}: {n_layer} layers of width {C} are no size that is known, and no tensor tells the number of "
+            "heads: put the config.json that belongs to it beside it"
+        )
+    return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=C, block_size=T, vocab_size=unpadded(V))
+
+
+def _check(tensors: Mapping[str, Tensor], needed: Mapping[str, tuple[int, ...]], where: str) -> None:
+    missing = [name for name in needed if name not in tensors]
+    extra = [name for name in tensors if name not in needed]
+    both = [name for name in needed if name in tensors]
+    found = {name: tuple(tensors[name].shape) for name in both}
+    misshapen = [f"{name} {found[name]} instead of {needed[name]}" for name in both if found[name] != needed[name]]
+    wrong = [f"{name} is {tensors[name].dtype}" for name in both if tensors[name].dtype not in FLOATS]
+    kinds = {"missing": missing, "not GPT-2's": extra, "misshapen": misshapen, "not fp32, bf16 or fp16": wrong}
+    faults = [_some(names, f"{kind}: ") for kind, names in kinds.items() if names]
+    if faults:
+        raise UserError(f"{where} does not fit GPT-2 as its shape is described: {'; '.join(faults)}")
+
+
+def _some(names: Collection[str], before: str) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return before + ", ".join(list(names)[:_NAMED]) + more if names else ""

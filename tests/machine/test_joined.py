@@ -1,0 +1,169 @@
+"""How ranks begin and end together: whoever ends ends all, and its cause is said."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from gpt2fast import train as program
+from gpt2fast.errors import RunError, UserError
+from gpt2fast.machine.joined import joined
+from gpt2fast.weights import checkpoint
+from tests.tools import ranks, tiny
+from tests.tools.gpu import CUDA
+from tests.tools.programs import HANG
+
+pytest.importorskip("tyro", reason="needs tyro for the command line")
+pytestmark = pytest.mark.skipif(CUDA, reason="gloo on CPUs; on a machine with GPUs torchrun would take those")
+FEW = [2, pytest.param(3, marks=pytest.mark.long)]  # ranks
+FOUR = [*tiny.FLAGS, "--total-batch", "128", "--steps", "8", "--grad-clip", "0.5"]  # 4 micro-batches of 2 x 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the data is, in several shards, and the runs of one process that others are compared with."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny.write_data(folder / "data", n=700)
+    tiny.write_data(folder / "more", n=530, seed=1)
+    os.rename(folder / "more/train.bin", folder / "data/train_2.bin")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Rows of metrics.jsonl of the run of one process."""
+    ranks.run(program.main, 1, folder, [*FOUR, "--run", "alone"])
+    return rows(folder, "alone")
+
+
+def rows(folder, run):
+    return [json.loads(line) for line in (folder / "out" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest(folder, run):
+    return checkpoint.list_checkpoints(folder / "out" / run / "checkpoints")[-1][1]
+
+
+# ---- one that ends ends all ----
+LONG = [
+    *tiny.FLAGS,
+    "--total-batch",
+    "192",
+    "--steps",
+    "100000",
+    "--val-every",
+    "0",
+    "--checkpoint-every",
+    "0",
+    "--compile",
+    "off",
+]
+
+
+def wait_for_step(folder, run, step, started):
+    """Until rank 0 has written that step's row."""
+    path, (first, *_) = folder / "out" / run / "metrics.jsonl", started
+    start = time.monotonic()
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert first.process.poll() is None, first.text
+        assert time.monotonic() < start + HANG, f"step {step} was not reached"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("size", FEW)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_all_and_is_named(folder, victim, size):
+    run = f"killed{victim}of{size}"
+    started = ranks.start(program.main, size, folder, [*LONG, "--run", run], name=run)
+    wait_for_step(folder, run, 3, started)
+    started[victim].kill()
+    codes = [rank.end() for rank in started]
+    assert codes[victim] == -signal.SIGKILL
+    assert {code for i, code in enumerate(codes) if i != victim} == {1}
+    first, *others = (rank.text for i, rank in enumerate(started) if i != victim)
+    assert f"error: rank {1 if victim == 0 else 0}: rank {victim} is gone without a word: killed" in first
+    assert not [text for text in others if "error" in text]
+
+
+@pytest.mark.parametrize("size", FEW)
+def test_a_rank_that_fails_ends_all_and_its_cause_is_said(folder, size):
+    run = f"fails{size}"
+    started = ranks.start(fails_on_rank_1, size, folder, [*LONG, "--run", run], name=run)
+    assert [rank.end() for rank in started] == [1] * size
+    assert "error: rank 1: the disk of rank 1 is broken" in started[1].text
+    assert "error: rank 0: rank 1 ended the run: the disk of rank 1 is broken; what was saved" in started[0].text
+    assert {rank.text for rank in started[2:]} <= {""}
+
+
+def fails_on_rank_1(flags):
+    from gpt2fast.data.loader import Loader
+
+    real = Loader.batch
+
+    def batch(self, i):
+        if os.environ["RANK"] == "1" and i > 30:
+            raise RunError("the disk of rank 1 is broken")
+        return real(self, i)
+
+    Loader.batch = batch
+    return program.main(flags)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(folder, number):
+    run = f"signal{int(number)}"
+    started = ranks.start(program.main, 2, folder, [*LONG, "--run", run], name=run)
+    wait_for_step(folder, run, 3, started)
+    started[1].process.send_signal(number)
+    started[1].process.send_signal(number)  # once from the terminal, once from torchrun
+    assert [rank.end() for rank in started] == [128 + number] * 2, started[0].text + started[1].text
+    assert checkpoint.read_state(newest(folder, run))["step"] == rows(folder, run)[-1]["step"]
+
+
+# ---- refusals ----
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--total-batch", "96"], "96 is 3 micro-batches of B*T = 2*16, and 2 processes cannot share them evenly"),
+        (["--device", "cuda:1"], "--device cuda:1 with 2 processes: use cuda, of which each takes its own, or cpu"),
+        (["--device", "cuda"], "this machine runs more processes than it has GPUs, of which torch sees 0"),
+        (["--nonsense"], "nonsense"),
+    ],
+    ids=["not divisible", "one GPU", "no GPU", "unknown flag"],
+)
+def test_what_is_wrong_on_every_rank_is_said_once(folder, flags, message):
+    started = ranks.start(program.main, 2, folder, [*FOUR, "--run", "refused", *flags], name="refused")
+    assert [rank.end() for rank in started] == [2, 2]
+    assert message.split() <= started[0].text.split() or message in " ".join(started[0].text.split())
+    assert started[1].text == ""
+    assert not (folder / "out/refused").exists()
+
+
+def test_ranks_that_see_different_things_are_refused(folder):
+    started = ranks.start(other_seed_on_rank_1, 2, folder, [*FOUR, "--run", "different"], name="different")
+    assert [rank.end() for rank in started] == [2, 2]
+    assert "rank 1 has seed 7, and rank 0 1337: every process must see the same files" in started[0].text
+    assert not (folder / "out/different").exists()
+
+
+def other_seed_on_rank_1(flags):
+    return program.main([*flags, "--seed", "7"] if os.environ["RANK"] == "1" else flags)
+
+
+def test_a_run_that_is_in_use_is_refused_on_all_ranks(folder, alone):
+    started = ranks.start(program.main, 2, folder, [*FOUR, "--run", "alone"], name="again")
+    assert [rank.end() for rank in started] == [2, 1]
+    assert "already holds a run: continue it with --resume" in started[0].text
+
+
+def test_a_world_that_does_not_come_together(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(UserError, match="could not connect WORLD_SIZE=2 processes .*torchrun"),
+        joined(),
+    ):
+        pass

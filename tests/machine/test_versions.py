@@ -1,0 +1,20 @@
+"""The record of the machine that goes beside every number."""
+
+import json
+import subprocess
+
+from gpt2fast.machine import versions
+
+
+def test_the_record_is_plain_json_and_knows_the_commit():
+    record = versions.record()
+    assert json.loads(json.dumps(record)) == record
+    root = versions.Path(versions.__file__).parent.parent
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+        assert record["commit"] == (head.stdout.strip() or None)
+
+
+def test_a_copy_that_is_no_checkout_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "gpt2fast" / "machine.py"))
+    assert versions.record()["commit"] is None

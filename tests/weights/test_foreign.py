@@ -1,0 +1,220 @@
+"""Weights of others: each format by bits, the model by transformers' logits, and everything that is not sound."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gpt2fast.errors import UserError
+from gpt2fast.model import GPT, SIZES
+from gpt2fast.ops import OpsConfig, build
+from gpt2fast.weights import foreign
+from tests.tools import foreign_files
+from tests.tools.accuracy import assert_as_accurate
+from tests.tools.foreign_files import CONFIG, OPENAI, conv1d, nanogpt_checkpoint, random_tensors, same
+
+BY_HUGGING_FACE = """
+import copy, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=50, bos_token_id=0, eos_token_id=0)
+model = GPT2LMHeadModel(config).eval()
+with torch.no_grad():
+    for p in model.parameters():
+        p.normal_(0, 0.05)
+model.save_pretrained("safetensors")
+model.transformer.save_pretrained("without-prefix")
+model.save_pretrained("in-parts", max_shard_size="10KB")
+state = dict(model.state_dict())
+assert "lm_head.weight" in state
+masks = {f"transformer.h.0.attn.{name}": torch.ones(1, 1, 8, 8).tril() for name in ("bias", "masked_bias")}
+for name, new in (("pickle", True), ("old-pickle", False)):
+    config.save_pretrained(name)
+    torch.save(state | masks, f"{name}/pytorch_model.bin", _use_new_zipfile_serialization=new)
+idx = torch.randint(50, (3, 8))
+with torch.no_grad():
+    results = {"idx": idx, "base": model(idx).logits, "truth": copy.deepcopy(model).double()(idx).logits}
+torch.save(results | {"state": state}, "results.pt")
+for dtype in (torch.bfloat16, torch.float16):
+    copy.deepcopy(model).to(dtype).save_pretrained(str(dtype))
+"""
+
+
+@pytest.fixture(scope="module")
+def by_huggingface(tmp_path_factory):
+    """A folder of folders, and the weights in it in our names."""
+    pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")
+    folder = tmp_path_factory.mktemp("huggingface")
+    foreign_files.run_transformers(BY_HUGGING_FACE, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "without-prefix", "in-parts", "pickle", "old-pickle"])
+def test_hugging_face(by_huggingface, kind):
+    found = foreign.read(by_huggingface / kind)
+    results = torch.load(by_huggingface / "results.pt")
+    assert found.config == CONFIG
+    assert found.where == str(by_huggingface / kind)
+    same(conv1d(found.tensors), {name: results["state"][name] for name in conv1d(found.tensors)})
+    model = GPT(CONFIG, build(OpsConfig()))
+    model.load_state_dict(found.tensors)
+    assert_as_accurate(model(results["idx"]), results["truth"], results["base"], name="logits")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened_exactly(by_huggingface, dtype):
+    exact = foreign.read(by_huggingface / "safetensors").tensors
+    found = foreign.read(by_huggingface / str(dtype))
+    assert found.config == CONFIG
+    same(found.tensors, {name: tensor.to(dtype).float() for name, tensor in exact.items()})
+
+
+def test_a_file_by_itself_is_read_with_the_config_beside_it(tmp_path):
+    needed = random_tensors()
+    folder = foreign_files.huggingface_folder(tmp_path / "a")
+    same(foreign.read(folder / "model.safetensors").tensors, needed)
+    torch.save(conv1d(needed), folder / "any.bin")
+    assert foreign.read(folder / "any.bin").config == CONFIG
+
+
+def test_without_a_config_the_table_of_sizes_tells_the_heads(tmp_path):
+    config = replace(SIZES["nano"], block_size=8, vocab_size=50)
+    save_file(conv1d(random_tensors(config), ""), tmp_path / "known.safetensors")
+    assert foreign.read(tmp_path / "known.safetensors").config == config
+    save_file(conv1d(random_tensors()), tmp_path / "unknown.safetensors")
+    with pytest.raises(UserError, match="2 layers of width 16 are no size that is known.*put the config.json"):
+        foreign.read(tmp_path / "unknown.safetensors")
+
+
+def test_what_is_read_may_be_changed_and_the_file_stays(tmp_path):
+    foreign_files.huggingface_folder(tmp_path / "a")
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", CONFIG, random_tensors())
+    (tmp_path / "gpt2.bin").write_bytes(foreign_files.llmc_file(CONFIG, random_tensors(), 3))
+    for source in (tmp_path / "a", tmp_path / "ckpt.pt", tmp_path / "gpt2.bin"):
+        for tensor in foreign.read(source).tensors.values():
+            tensor.zero_()
+        same(foreign.read(source).tensors, random_tensors())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"activation_function": "relu"}, "activation_function is 'relu': GPT-2 has 'gelu_new' or 'gelu_pytorch_tanh'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06: GPT-2 has 1e-05"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"n_inner": 100}, "n_inner is 100: GPT-2 has None or 64"),
+        ({"model_type": "llama"}, "model_type is 'llama': only 'gpt2'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"n_head": None}, "n_head is None: a whole number"),
+        ({"n_head": 3}, "n_embd 16 is no multiple of n_head 3"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000, but there are only 28 tensors"),
+        ({"n_layer": 1}, "not GPT-2's: h.1.attn.c_attn.bias, .* and 9 more"),
+        ({"n_layer": 3}, "missing: h.2.ln_1.weight"),
+        ({"vocab_size": 51}, r"misshapen: wte.weight \(50, 16\) instead of \(51, 16\)"),
+    ],
+)
+def test_what_is_no_gpt2_as_we_compute_it_is_refused(tmp_path, changes, match):
+    with pytest.raises(UserError, match=match):
+        foreign.read(foreign_files.huggingface_folder(tmp_path / "a", **changes))
+
+
+def test_harmless_settings_are_read(tmp_path):
+    settings = {"activation_function": "gelu_pytorch_tanh", "n_inner": 64, "reorder_and_upcast_attn": True}
+    assert foreign.read(foreign_files.huggingface_folder(tmp_path / "a", **settings)).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight is not wte.weight"),
+        (lambda t: {n: x for n, x in t.items() if "h.1.mlp.c_proj.bias" not in n}, "missing: h.1.mlp.c_proj.bias"),
+        (lambda t: t | {"score.weight": torch.ones(2)}, "not GPT-2's: score.weight"),
+        (lambda t: t | {"transformer.ln_f.bias": torch.ones(15)}, r"ln_f.bias \(15,\) instead of \(16,\)"),
+        (lambda t: t | {"transformer.ln_f.bias": torch.ones(16, dtype=torch.int8)}, "ln_f.bias is torch.int8"),
+        (lambda t: t | {"wpe.weight": torch.ones(8, 16)}, "holds a tensor twice"),
+        (lambda t: {"a": torch.ones(1)}, "n_layer is 2, but there are only 1 tensors"),
+    ],
+)
+def test_every_tensor_is_accounted_for(tmp_path, change, match):
+    with pytest.raises(UserError, match=match):
+        foreign.read(foreign_files.huggingface_folder(tmp_path / "a", change(conv1d(random_tensors()))))
+
+
+def test_a_tied_head_that_is_stored_is_read(tmp_path):
+    tensors = conv1d(random_tensors())
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    same(foreign.read(foreign_files.huggingface_folder(tmp_path / "a", tensors)).tensors, random_tensors())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.npz", "model.bin", "ckpt.pt"])
+def test_a_file_cut_anywhere_is_refused(tmp_path, name):
+    """Also cut to nothing."""
+    file = io.BytesIO()
+    if name.endswith(".npz"):
+        shutil.copy(OPENAI / "model.npz", tmp_path / "whole.npz")
+        file.write((tmp_path / "whole.npz").read_bytes())
+    elif name == "model.bin":
+        file.write(foreign_files.llmc_file(CONFIG, random_tensors(), 3))
+    elif name == "model.safetensors":
+        save_file(conv1d(random_tensors()), tmp_path / name)
+        file.write((tmp_path / name).read_bytes())
+    else:
+        torch.save(conv1d(random_tensors()), file)
+    (tmp_path / "config.json").write_text(foreign_files.huggingface_config())
+    whole = file.getvalue()
+    for n in sorted({0, 1, 3, 4, 100, 1500, len(whole) // 2, len(whole) - 1000, len(whole) - 4, len(whole) - 1}):
+        (tmp_path / name).write_bytes(whole[:n])
+        with pytest.raises(UserError, match="truncated|damaged|is no file of weights"):
+            foreign.read(tmp_path / name)
+
+
+class Code:
+    """Unpickling it would make the folder "ran"."""
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt", "other.pt"])
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for new in (True, False):
+        torch.save({"model": random_tensors(), "config": Code()}, name, _use_new_zipfile_serialization=new)
+        for source in (name, ".") if name != "other.pt" else (name,):
+            with pytest.raises(UserError, match=r"wants to run code \(\w+\.mkdir\).*save model.state_dict\(\) alone"):
+                foreign.read(source)
+    assert not Path("ran").exists()
+
+
+def test_what_a_pickle_holds_must_be_tensors(tmp_path):
+    for value, match in (
+        ([1], "holds a list"),
+        ({"model": [1]}, "holds a list"),
+        ({"a": 1}, "'a' is a int, no tensor"),
+    ):
+        torch.save(value, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=match):
+            foreign.read(tmp_path / "a.pt")
+
+
+def test_what_holds_nothing_known_is_refused_with_what_is_known(tmp_path):
+    with pytest.raises(UserError, match="holds no run and no weights.*Hugging Face folder.*llm.c's .bin.*nanoGPT"):
+        foreign.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(UserError, match="notes.txt is no file of weights"):
+        foreign.read(tmp_path / "notes.txt")
+
+
+def test_an_index_of_parts_must_stay_in_its_folder(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(UserError, match="index.json is damaged.*a file outside the folder"):
+        foreign.read(tmp_path)
