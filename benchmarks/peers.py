@@ -43,7 +43,8 @@ from gpt2fast.machine.device import (
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, SIZES, GPTConfig
 from gpt2fast.ops import OpsConfig
-from gpt2fast.training import flops, optim, session
+from gpt2fast.training import choices, flops, optim
+from gpt2fast.training.choices import Place
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.screen import share
 from gpt2fast.training.step import TrainingStep
@@ -108,7 +109,7 @@ def their_step(peer: Peer, ours: GPT, work: Work, device: torch.device) -> Calla
 
 def our_step(peer: Peer, model: GPT, choice: OpsConfig, work: Work, device: torch.device) -> Callable:
     compile, mode = peer.mode != "eager", MAX_AUTOTUNE if peer.mode == "max-autotune" else None
-    ours = session.adamw_is_ours(TrainConfig(), choice, device, work.precision)
+    ours = choices.adamw_is_ours(TrainConfig(), choice, Place(device, work.precision, None))
     optimizer = optim.adamw(model, 0.1, kernels=ops.kernels(device.type) if ours else None)
     return TrainingStep(model, optimizer, precision=work.precision, compile=compile, mode=mode)
 
@@ -129,7 +130,7 @@ def chosen(config: GPTConfig, work: Work, device: torch.device) -> tuple[OpsConf
     load = Workload(
         B=work.B, T=work.T, C=config.n_embd, H=config.n_head, V=config.padded_vocab_size, vocab_size=config.vocab_size,
         precision=work.precision, tf32=True, compiled=True,
-        low_stream=session.stream_is_low(TrainConfig(), device, work.precision),
+        residual=choices.residual_dtype(TrainConfig(), Place(device, work.precision, None)),
     )  # fmt: skip
     choice = auto.pick(OpsConfig(), load, device).ops
     return choice, asdict(choice)
@@ -149,8 +150,8 @@ def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: in
     try:
         if peer.peer == "auto":
             choice, row["ops"] = chosen(config, work, device)
-        low = session.stream_is_low(TrainConfig(), device, work.precision)
-        model = GPT(config, ops.build(choice, device.type), low_stream=low).to(device)
+        stream = choices.residual_dtype(TrainConfig(), Place(device, work.precision, None))
+        model = GPT(config, ops.build(choice, device.type), residual="fp32" if stream == "fp32" else "low").to(device)
         step = our_step(peer, model, choice, work, device) if peer.ours else their_step(peer, model, work, device)
     except (UserError, ImportError) as error:
         return {"status": "skipped", "why": str(error)}

@@ -15,7 +15,7 @@ import torch
 from benchmarks import floor
 from gpt2fast import ops
 from gpt2fast.machine.device import Precision, keep_freed_memory, set_tf32
-from gpt2fast.model import GPT, SIZES
+from gpt2fast.model import GPT, SIZES, Residual
 from gpt2fast.ops import NAMES, Implementation, OpsConfig
 from gpt2fast.training import optim
 from gpt2fast.training.graph import GraphedStep
@@ -34,7 +34,7 @@ class Rung:
     swapped: str = ""  # the one op that is triton's, whatever the backend
     embedding: Implementation | None = None  # None: as the backend
     mlp: Implementation | None = None
-    low_stream: bool = False
+    residual: Residual = "fp32"
     optimizer: str = "torch"
     cuda_graph: bool = False
     visible: bool = False  # benchmarks/visible.py
@@ -50,7 +50,7 @@ class Rung:
         """What of it changes the work, for the floor's table."""
         ops = self.ops
         return floor.Options(
-            residual=self.low_stream, epilogue=ops.mlp == "epilogue", embedding=ops.embedding == "triton",
+            residual=self.residual == "low", epilogue=ops.mlp == "epilogue", embedding=ops.embedding == "triton",
             adamw=self.optimizer == "triton", recompute=self.recompute,
         )  # fmt: skip
 
@@ -65,7 +65,7 @@ TRITON = replace(FUSED, name="triton", backend="triton", embedding="torch")
 CLIMB = {rung.name: rung for rung in (FP32, ALLOCATOR, TF32, BF16, COMPILE, FUSED, TRITON)}
 OPTIONS: dict[str, dict[str, Any]] = {  # of ours: a new one is a line
     "embedding": {"embedding": "triton"},
-    "residual": {"low_stream": True},
+    "residual": {"residual": "low"},
     "epilogue": {"mlp": "epilogue"},
     "adamw": {"optimizer": "triton"},
 }
@@ -108,7 +108,7 @@ def training_step(rung: Rung, size: str, T: int, device: torch.device) -> Traini
         keep_freed_memory()
     config = replace(SIZES[size], block_size=max(T, SIZES[size].block_size))
     set_tf32(device, rung.tf32)
-    model = GPT(config, chosen, low_stream=rung.low_stream, recompute=rung.recompute).to(device)
+    model = GPT(config, chosen, residual=rung.residual, recompute=rung.recompute).to(device)
     kernels = ops.kernels(device.type) if rung.optimizer == "triton" else None
     optimizer = optim.adamw(model, 0.1, fused=rung.fused, kernels=kernels)
     kind = GraphedStep if rung.cuda_graph else TrainingStep

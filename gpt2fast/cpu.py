@@ -29,11 +29,16 @@ from torch.autograd.function import once_differentiable
 from gpt2fast import reference
 from gpt2fast.reference import IGNORE, compute_dtype
 
+# The numbers of one machine: two cores of an Intel Xeon with AMX, torch 2.15 (benchmarks/NOTES.md). They choose between
+# ways to the same result by speed: on another machine they may cost time, never correctness.
 ROWS = 1024  # of logits in a chunk: 103 MB of bf16 at GPT-2's vocabulary
 QUERIES = 128  # in a block of attention's backward
-LONGEST = 512  # sequence for which this beats torch's backward
-FEW = 64  # rows of a product
 SCORES = 2**20  # in such a block: 4 MB of fp32, the L2 of two cores
+LONGEST = 512  # sequence for which this backward beats torch's
+FEW = 64  # rows up to which a bf16 product is faster transposed: 18 -> 13 ms for all of GPT-2 124M's at B=8
+TALL, LARGE = 2, 1536  # oneDNN gives a bf16 product one thread if N <= M < TALL * N and M <= LARGE
+
+# Numerics, the same everywhere
 SAMPLES = 64  # columns of the logits that give the target's log p
 TINY = 1e-30  # bf16 probabilities below it may have lost bits
 
@@ -88,17 +93,16 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """(M, K), (K, N), (N,) -> (M, N).
 
-    oneDNN spreads a bf16 product over two threads if the output is wider than tall, or at least twice as tall as
-    wide, or large; what lies between (1024 x 768: all of GPT-2 124M's at B=4, T=256) gets one thread. So it is cut
-    into two that are wider than tall: 1.3 -> 2.4 TFLOP/s on two cores. Of few rows, as when text is written, the
-    transpose is faster: 18 -> 13 ms for all products of GPT-2 124M at B=8.
+    oneDNN splits the output of a bf16 product over threads if it is wider than tall, very tall, or large. What lies
+    between (1024 x 768: all of GPT-2 124M's at B=4, T=256) is cut into two here that are wider than tall, which is 1.8
+    times as fast on two cores. A product of few rows, as in generation, is faster transposed.
     """
     product = torch.mm if bias is None else lambda rows, b, **out: torch.addmm(bias, rows, b, **out)
     M, N = a.shape[0], b.shape[1]
     if a.dtype == torch.bfloat16 and 1 < M <= FEW and not torch.compiler.is_compiling():
         y = torch.mm(b.t(), a.t()) if bias is None else torch.addmm(bias[:, None], b.t(), a.t())
         return y.t().contiguous()  # torch's attention reads rows as if they were
-    if a.dtype != torch.bfloat16 or not N <= M < 2 * N or M > 1536:
+    if a.dtype != torch.bfloat16 or not N <= M < TALL * N or M > LARGE:
         return product(a, b)
     if torch.compiler.is_compiling():
         return torch.cat([product(rows, b) for rows in a.chunk(2)])

@@ -22,8 +22,9 @@ from gpt2fast.command import parse, run_main
 from gpt2fast.data.dataset import count_all, open_data
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.model import VOCAB_SIZE
-from gpt2fast.training import config, plot
+from gpt2fast.training import plot
 from gpt2fast.training.plot import Run
+from gpt2fast.training.record import read_record
 from gpt2fast.training.run import run_folder
 from gpt2fast.weights import checkpoint
 from gpt2fast.weights.foreign import Weights
@@ -58,7 +59,7 @@ def inspect(c: InspectConfig) -> list[str]:
         folder = run_folder(source)
         rows = read_rows(folder / "metrics.jsonl") if folder else []
         if folder and any("loss" in row for row in rows):
-            runs.append(Run(label(folder, name), rows, config.read_record(folder)[1]["unigram_entropy"]))
+            runs.append(Run(label(folder, name), rows, read_record(folder)[1]["unigram_entropy"]))
         elif folder == Path(source):
             raise UserError(f"{folder}/metrics.jsonl has no row of a training step: let the run take one")
         if folder == Path(source) and not checkpoint.list_checkpoints(folder / "checkpoints"):
@@ -108,7 +109,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def label(folder: Path, name: str) -> str:
     """A run, and what it was computed with."""
-    resolved = config.read_record(folder)[1]
+    resolved = read_record(folder)[1]
     chosen = list(resolved["ops"].values())
     most = max(chosen, key=chosen.count)
     others = [f"{op}={name}" for op, name in resolved["ops"].items() if name != most]
@@ -146,7 +147,7 @@ def tied_head(weights: Weights) -> str:
 def never_trained(weights: Weights, folder: Path | None) -> tuple[np.ndarray | None, str]:
     """The tokens that training never saw, and how that is known: by the run's data, if that is still what it was."""
     if folder:
-        settings, resolved = config.read_record(folder)
+        settings, resolved = read_record(folder)
         try:
             dataset = open_data(settings.data, settings.model.vocab_size, settings.tokenizer_file)
         except UserError:

@@ -35,7 +35,7 @@ Result = float | str  # milliseconds, or why it is not taken
 class Workload:
     """What a run asks of its ops: B sequences of T tokens, width C, H heads, a head of V rows; and how it computes.
 
-    `low_stream`: the residual stream is not fp32 but in the dtype of `precision`.
+    `residual`: the dtype of the residual stream.
     """
 
     B: int
@@ -47,7 +47,7 @@ class Workload:
     precision: Precision
     tf32: bool
     compiled: bool
-    low_stream: bool = False
+    residual: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def calls(op: str, work: Workload, device: torch.device, B: int) -> list[Call]:
     """The calls of `op` in a block, or in the model, with B sequences: shapes and dtypes as in training."""
     generator = torch.Generator(device).manual_seed(0)  # the global one stays as it is
     T, C, low, fp32 = work.T, work.C, DTYPES[work.precision], torch.float32
-    stream = low if work.low_stream else fp32
+    stream = DTYPES[work.residual]
 
     def normal(*shape: int, dtype: torch.dtype = low, std: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)

@@ -16,6 +16,7 @@ Shapes: B batch, T positions, C = n_embd, H = n_head, V = vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from gpt2fast.errors import UserError
 from gpt2fast.ops import Ops
 from gpt2fast.reference import compute_dtype
 
+Residual = Literal["fp32", "low"]  # low: autocast's
 Attend = Callable[[Tensor, int], Tensor]  # in the place of ops.attention
 VOCAB_SIZE = 50257
 EPS = 1e-5
@@ -141,17 +143,17 @@ class GPT(nn.Module):
     The vocabulary is padded inside only: rows of `wte.weight` from `vocab_size` on are zero and stay zero, and
     neither logits nor `state_dict` show them.
 
-    `low_stream`: under autocast the residual stream, all 2 n_layer + 1 sums of it, is in autocast's dtype, else in that
-    of the weights. `recompute`: in training a block keeps its two inputs only, and is computed again in backward.
+    `residual`: the dtype of the residual stream, all 2 n_layer + 1 sums of it: that of the weights, which are fp32, or
+    autocast's ("low"). `recompute`: in training a block keeps its two inputs only, and is computed again in backward.
     """
 
     def __init__(
-        self, config: GPTConfig, ops: Ops, seed: int = 1337, *, low_stream: bool = False, recompute: bool = False
+        self, config: GPTConfig, ops: Ops, seed: int = 1337, *, residual: Residual = "fp32", recompute: bool = False
     ):
         super().__init__()
         self.config = config
         self.ops = ops
-        self.low_stream = low_stream
+        self.residual = residual
         self.recompute = recompute
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
@@ -189,7 +191,7 @@ class GPT(nn.Module):
         if len(wpe) < idx.shape[1]:
             raise UserError(f"{idx.shape[1]} positions are more than block_size {len(wpe)}: shorten the sequence")
         # each add_layer_norm keeps this dtype: that of x + y
-        x = self.ops.embedding(wte, wpe, idx, compute_dtype(wte) if self.low_stream else wte.dtype)  # (B, T, C)
+        x = self.ops.embedding(wte, wpe, idx, compute_dtype(wte) if self.residual == "low" else wte.dtype)  # (B, T, C)
         blocks: list[Block] = list(self.h)  # type: ignore[arg-type]  # torch's types know no list of blocks
         norms = [*(block.ln_1 for block in blocks), self.ln_f]
         h = self.ops.layer_norm(x, norms[0].weight, norms[0].bias, EPS)

@@ -27,9 +27,11 @@ from gpt2fast.machine.world import ALONE, World
 from gpt2fast.training import config, optim, plot, run
 from gpt2fast.training.config import PRESETS, TrainConfig
 from gpt2fast.training.log import Log
+from gpt2fast.training.memory import out_of_memory
+from gpt2fast.training.record import changes, read_record
 from gpt2fast.training.run import Interrupt
 from gpt2fast.training.screen import Screen, header, summary
-from gpt2fast.training.session import Session, out_of_memory, prepare
+from gpt2fast.training.session import Session, start
 from gpt2fast.training.skip_limit import SkipLimit
 from gpt2fast.weights import checkpoint
 
@@ -37,19 +39,21 @@ from gpt2fast.weights import checkpoint
 @torch.no_grad()
 def validate(s: Session, interrupt: Interrupt) -> float | None:
     """Mean loss over `val_batches` micro-batches of the validation split, or all of it; None when interrupted."""
+    val = s.inputs.val
+    assert val, "only asked for where there is a split"
     if not s.config.val_batches:
         found = split_loss(
-            s.model, s.dataset.val, s.val.B, s.val.T, s.precision,
+            s.model, s.inputs.dataset.val, val.B, val.T, s.place.precision,
             give_up=lambda: bool(interrupt.signal), world=s.world,
         )  # fmt: skip
         return found.loss if found else None
-    count = min(s.config.val_batches, s.val.batches_per_epoch)
-    batches = s.val.batches(s.world.rank, s.device, s.world.size)
-    losses = [torch.zeros((), device=s.device)]
+    count = min(s.config.val_batches, val.batches_per_epoch)
+    batches = val.batches(s.world.rank, s.place.device, s.world.size)
+    losses = [torch.zeros((), device=s.place.device)]
     for _ in range(s.world.rank, count, s.world.size):
         if interrupt.signal:
             break
-        with autocast(s.device, s.precision):
+        with autocast(s.place.device, s.place.precision):
             losses.append(s.model(*next(batches)))  # not the compiled one: it would be compiled again
     total, given_up = s.world.totals(sum(torch.stack(losses).tolist()), bool(interrupt.signal))
     return None if given_up else total / count
@@ -59,7 +63,12 @@ def score_hellaswag(s: Session, interrupt: Interrupt) -> hellaswag.Score | None:
     """HellaSwag's accuracies; None when interrupted."""
     tokens = s.config.batch_size * s.config.seq_len
     return hellaswag.score(
-        s.model, s.hellaswag, s.precision, tokens=tokens, give_up=lambda: bool(interrupt.signal), world=s.world
+        s.model,
+        s.inputs.hellaswag,
+        s.place.precision,
+        tokens=tokens,
+        give_up=lambda: bool(interrupt.signal),
+        world=s.world,
     )
 
 
@@ -69,7 +78,7 @@ def sample_texts(s: Session) -> list[str]:
     with any_algorithm():
         texts = [
             sample_text(
-                s.model, c.prompt, c.sample_tokens, precision=s.precision, seed=c.seed + s.step + i,
+                s.model, c.prompt, c.sample_tokens, precision=s.place.precision, seed=c.seed + s.step + i,
                 vocab_file=c.tokenizer_file,
             )
             for i in range(s.world.rank, c.samples, s.world.size)
@@ -84,9 +93,9 @@ def save(s: Session, log: Log) -> None:
         "position": s.step * s.config.accumulation,  # of the loader: the next batch's number
         "seconds": s.seconds,
         "scaler": s.take_step.scaler.state_dict(),
-        "data_fingerprint": s.dataset.fingerprint,
+        "data_fingerprint": s.inputs.dataset.fingerprint,
         "config": config.to_dict(s.config),
-        "ops": asdict(s.ops),
+        "ops": asdict(s.choices.ops),
     }
     keep = s.config.keep + log.limit.in_a_row
     checkpoint.save(s.checkpoints, s.step, s.model, s.take_step.optimizer, state, keep, s.world)
@@ -96,8 +105,8 @@ def draw(s: Session) -> None:
     if not s.world.main:
         return
     folder = s.config.folder
-    title = f"{folder.name} on {s.dataset.name}"
-    plot.loss_curve(run.iter_metrics(folder / "metrics.jsonl"), folder / "loss.png", title, s.entropy)
+    title = f"{folder.name} on {s.inputs.dataset.name}"
+    plot.loss_curve(run.iter_metrics(folder / "metrics.jsonl"), folder / "loss.png", title, s.inputs.entropy)
     gc.collect()  # a figure is a cycle of references around its pixels: 50 MB in 1000 steps of tests.long.soak
 
 
@@ -112,12 +121,17 @@ def events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = (
     if not any(map(due, (c.val_every, c.hellaswag_every, c.sample_every, c.checkpoint_every))):
         return
     log.flush()  # too many steps that were left out end the run here, before it is saved
-    if due(c.val_every) and "val_loss" not in done and s.val and (loss := validate(s, interrupt)) is not None:
+    if due(c.val_every) and "val_loss" not in done and s.inputs.val and (loss := validate(s, interrupt)) is not None:
         log.val_loss = loss
         log.metrics.write({"step": s.step, "val_loss": loss})
         log.screen.say(f"step {s.step}: validation loss {loss:.4f}")
         draw(s)
-    if due(c.hellaswag_every) and "hellaswag" not in done and s.hellaswag and (found := score_hellaswag(s, interrupt)):
+    if (
+        due(c.hellaswag_every)
+        and "hellaswag" not in done
+        and s.inputs.hellaswag
+        and (found := score_hellaswag(s, interrupt))
+    ):
         log.metrics.write({"step": s.step, "hellaswag": found.acc_norm, "hellaswag_acc": found.acc})
         log.screen.say(f"step {s.step}: HellaSwag acc_norm {found.acc_norm:.4f}, acc {found.acc:.4f}")
     if due(c.sample_every) and "sample" not in done and not s.world.largest(interrupt.signal or 0):
@@ -162,27 +176,27 @@ def write_record(s: Session) -> dict[str, list]:
     changed = {}
     if s.config.resume:
         old = json.loads(path.read_text())
-        changed = config.changes(row["config"], old["config"])
+        changed = changes(row["config"], old["config"])
         was, now = old["resolved"]["ops"], row["resolved"]["ops"]
         if s.config.backend == "auto" and was != now:  # on another device, say: the run goes on, not bit for bit
             changed["auto"] = [was, now]
-        if (ranks := old["resolved"].get("ranks", 1)) != s.world.size:  # the same tokens, added up in another order
+        if (ranks := old["resolved"]["ranks"]) != s.world.size:  # the same tokens, added up in another order
             changed["processes"] = [ranks, s.world.size]
         row["resumes"] = [*old["resumes"], {"step": s.step, "date": row["machine"]["date"], "changed": changed}]
     write_atomic(path, json.dumps(row, indent=1))
     return changed
 
 
-def train(c: TrainConfig, source: str = "settings as given", world: World = ALONE) -> int:
+def train(settings: TrainConfig, source: str = "settings as given", world: World = ALONE) -> int:
     """Train. The exit code is 0, or 128 + the signal that ended it; UserError and RunError say what went wrong.
 
     Every rank of `world` calls it; rank 0 alone writes and prints.
     """
-    s = prepare(c, world)
+    s = start(settings, world)
     c = s.config
     with locked(c.folder, "choose another name with --run NAME") if world.main else contextlib.nullcontext():
         if not c.resume and world.main:
-            run.check_free(c.folder)  # prepare did, but only now can nobody else write here
+            run.check_free(c.folder)  # start did, but only now can nobody else write here
         print(header(s, source), flush=True)
         try:
             if world.main:
@@ -220,7 +234,7 @@ def read_settings(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig
     c = command.parse(TrainConfig, flags, "gpt2fast.train [PRESET]", PRESETS[preset])
     source = f"preset {preset}" if named else f"preset {preset} (none was named; {', '.join(PRESETS)})"
     if c.resume:
-        stored = config.read_config(c.folder)
+        stored, _ = read_record(c.folder)
         if named and stored.model != c.model:
             raise UserError(
                 f"run {c.folder} is no {preset}: leave the preset out, and it goes on with its own settings"

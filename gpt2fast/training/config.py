@@ -4,7 +4,7 @@
 the checkpoint and the results.
 """
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -135,12 +135,6 @@ class TrainConfig:
         """
         return self.ops.with_backend(self.backend)
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches in an optimizer step, of all processes together."""
-        assert self.batch_size is not None, "resolve puts a value where None stood"
-        return self.total_batch // (self.batch_size * self.seq_len)
-
 
 PRESETS = {
     "nano": TrainConfig(
@@ -153,36 +147,35 @@ PRESETS = {
     "gpt2-xl": TrainConfig(model=SIZES["gpt2-xl"], lr=2e-4, run="gpt2-xl"),
 }  # fmt: skip
 
-# A resumed run may change these; all else would change which tokens it has seen, or which model it is.
-CHANGEABLE = {
-    "backend", "ops", "tokenizer_file", "steps", "lr", "lr_floor", "warmup", "weight_decay", "beta1", "beta2",
-    "grad_clip", "optimizer", "device", "precision", "tf32", "residual", "zero", "recompute", "compile", "cuda_graph",
-    "out", "run", "resume", "stop_at", "log_every", "val_every", "val_batches", "hellaswag", "hellaswag_every",
-    "sample_every", "samples", "sample_tokens", "prompt", "checkpoint_every", "keep", "skip_limit", "spike",
-    "tensorboard", "deterministic",
-}  # fmt: skip
-
-# What others take from a record's "resolved"; the rest is for people.
-RESOLVED = {
-    "ops": dict[str, str], "auto": dict[str, dict] | None, "precision": str, "compile": bool, "unigram_entropy": float,
-    "data_fingerprint": str, "device_name": str | None, "residual": str | None,
-}  # fmt: skip
+FIXED = ("model", "init_from", "data", "shuffle", "batch_size", "seq_len", "total_batch", "seed")
+"""What a resumed run may not change: which tokens it has seen, and which model it is."""
 
 
-def resolve(config: TrainConfig, memory: int | None, ranks: int = 1) -> TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class Resolved(TrainConfig):
+    """Settings of which none follows from others any more: made by `resolve`. What is None still was not asked for."""
+
+    batch_size: int = field()
+    warmup: int = field()
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in an optimizer step, of all processes together."""
+        return self.total_batch // (self.batch_size * self.seq_len)
+
+
+def resolve(config: TrainConfig, memory: int | None, ranks: int = 1) -> Resolved:
     """Put a value where None stands for one that follows from others; `memory` is the device's, None for a CPU."""
-    return replace(
-        config,
-        batch_size=default_batch_size(config, memory, ranks) if config.batch_size is None else config.batch_size,
-        warmup=min(715, max(1, config.steps // 20)) if config.warmup is None else config.warmup,
-    )
+    values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    if config.batch_size is None:
+        values["batch_size"] = default_batch_size(config, memory, ranks)
+    if config.warmup is None:
+        values["warmup"] = min(715, max(1, config.steps // 20))
+    return Resolved(**values)
 
 
-def check(config: TrainConfig, ranks: int = 1) -> None:
-    """UserError on settings that cannot work together. They must be resolved."""
-    c = config
-    assert c.batch_size is not None
-    assert c.warmup is not None
+def check(c: Resolved, ranks: int = 1) -> None:
+    """UserError on settings that cannot work together."""
     positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "samples", "sample_tokens", "keep", "skip_limit"]
     natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
     natural += ["val_every", "val_batches", "hellaswag_every", "sample_every", "checkpoint_every", "spike"]
@@ -245,20 +238,13 @@ def default_batch_size(config: TrainConfig, memory: int | None, ranks: int = 1) 
 
 def check_resumable(config: TrainConfig, stored: TrainConfig) -> None:
     """UserError if what was changed would make it another run; n_head, for one, changes no tensor's shape."""
-    for f in fields(TrainConfig):
-        new, old = getattr(config, f.name), getattr(stored, f.name)
-        if new != old and f.name not in CHANGEABLE:
+    for name in FIXED:
+        new, old = getattr(config, name), getattr(stored, name)
+        if new != old:
             raise UserError(
-                f"run {config.folder} was trained with {f.name} = {old}, not {new}: leave that flag out, "
+                f"run {config.folder} was trained with {name} = {old}, not {new}: leave that flag out, "
                 "or begin a new run with --run NAME"
             )
-
-
-def changes(new: dict, old: dict) -> dict[str, list]:
-    """{setting: [old, new]} of two `to_dict`s, without the settings that only say where and how a run is started."""
-    old = to_dict(from_dict(old))  # it may know fewer settings
-    started = ("resume", "stop_at", "out", "run")
-    return {name: [old[name], new[name]] for name in new if new[name] != old[name] and name not in started}
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -268,33 +254,9 @@ def to_dict(config: TrainConfig) -> dict:
 
 def from_dict(values: dict) -> TrainConfig:
     """The inverse of `to_dict`; ValueError, TypeError or KeyError on what is no such dictionary."""
-    values = {"residual": "fp32", "optimizer": "torch"} | values  # as it was before there was a choice
-    values["model"] = checked.fill(GPTConfig, values["model"])
+    values = values | {"model": checked.fill(GPTConfig, values["model"])}
     values["ops"] = checked.fill(OpsConfig, values["ops"])
     values["out"] = Path(values["out"])
     for name in ("tokenizer_file", "hellaswag"):
         values[name] = values.get(name) and Path(values[name])
     return checked.fill(TrainConfig, values)
-
-
-def read_config(folder: Path) -> TrainConfig:
-    """The settings of a run, from its config.json."""
-    return read_record(folder)[0]
-
-
-def read_record(folder: Path) -> tuple[TrainConfig, dict]:
-    """The settings of a run, and what they were resolved to, from its config.json."""
-    path = folder / "config.json"
-    try:
-        record = checked.read_json(path)
-        resolved = record.get("resolved") or {}
-        checked.check("resolved", resolved, dict)
-        for name, annotation in RESOLVED.items() if resolved else ():
-            checked.check(name, resolved.get(name), annotation)
-        return from_dict(record["config"]), resolved
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} holds no run ({path.name} is missing): name another, or start one (python -m gpt2fast.train)"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
-        raise UserError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None

@@ -75,7 +75,6 @@ class GraphedStep(TrainingStep):
 
     def clip_and_update(self) -> Tensor:
         """What the device does in an update; the norm."""
-        norm = optim.clip(self.optimizer, self.grad_clip)
-        self.optimizer.update()
-        self.optimizer.grad_scale = None  # what clip left there
+        norm = self.optimizer.gradient_norm()
+        self.optimizer.update(optim.divisor(norm, self.grad_clip).float())
         return norm

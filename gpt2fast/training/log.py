@@ -75,7 +75,7 @@ class Log:
 
     def _is_time(self) -> bool:
         every = self.s.config.log_every
-        if every is None and self.s.device.type == "cuda":
+        if every is None and self.s.place.device.type == "cuda":
             return time.perf_counter() - self._start >= LOG_SECONDS
         return len(self._pending) >= (every or 1)
 

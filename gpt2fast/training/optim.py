@@ -54,21 +54,21 @@ class AdamW(torch.optim.AdamW):
     Where `found_inf` is 1, the step is left out: weights, copies, moments and "step" stay as they are.
     """
 
-    grad_scale: Tensor | None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.copies: dict[Tensor, Tensor] = {}
+        self.copies: dict[Tensor, nn.Parameter] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here is done twice
-        shorten = getattr(self, "grad_scale", None)
-        shorten = torch.ones(()) if shorten is None else shorten
+        shorten = torch.ones(()) if self.grad_scale is None else self.grad_scale
         for group in self.param_groups:
             for weight in group["params"]:
                 copy = self.copies.get(weight)
                 # a copy has a gradient on a CPU only, where asking found_inf waits for nothing
-                if copy is not None and copy.grad is not None and not getattr(self, "found_inf", None):
+                if copy is not None and copy.grad is not None and not self.found_inf:
                     self._step_with_copy(group, weight, copy, shorten)
         super().step(closure)
 
@@ -117,7 +117,7 @@ class TritonAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.send_numbers()
-        self.update()
+        self.update(self.grad_scale)
 
     @torch.no_grad()
     def send_numbers(self) -> None:
@@ -131,10 +131,9 @@ class TritonAdamW(AdamW):
             self._table.set_numbers(torch.stack(numbers, 1))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Weights, moments and copies, from gradients that are divided by `grad_scale`, if there is one."""
+    def update(self, shorten: Tensor | None = None) -> None:
+        """Weights, moments and copies, from gradients that are divided by `shorten`; nothing where it is not finite."""
         self.refresh()
-        shorten = getattr(self, "grad_scale", None)
         self._kernels.adamw_(self._table, torch.ones((), device=self._table.device) if shorten is None else shorten)
 
     @torch.no_grad()
@@ -164,14 +163,6 @@ class TritonAdamW(AdamW):
                 holder = weight if copy is None or copy.grad is None else copy
                 if holder.grad is not None:
                     yield group, weight, holder, self._state(weight)
-
-
-def takes_copies(optimizer: torch.optim.Optimizer, compile: bool, accumulation: int) -> bool:
-    """Whether it writes copies on its way: Triton's kernel always, the compiled CPU pass from a copy's gradient."""
-    if isinstance(optimizer, TritonAdamW):
-        return True
-    on_cpu = all(g["fused"] and g["params"][0].device.type == "cpu" for g in optimizer.param_groups)
-    return isinstance(optimizer, AdamW) and on_cpu and compile and accumulation == 1
 
 
 @cache
@@ -210,27 +201,42 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
 
 
 @torch.no_grad()
-def clip(optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
-    """The gradient's norm (0-d, on the device). The gradient is shortened to at most `longest`, now or, where the
-    optimizer is fused, on its way: as for torch's GradScaler it divides by `grad_scale`, which saves a pass.
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, longest: float, scaler: torch.amp.GradScaler | None = None
+) -> Tensor:
+    """Shorten the gradient to a norm of at most `longest`, and step; the norm before (0-d, on the device).
 
-    If the norm is not finite, the optimizer's next step does nothing: it sees so in `found_inf` (TritonAdamW in
-    `grad_scale`), and the host waits for nothing; one that is not fused finds no gradients.
+    If the norm is not finite, the step does nothing. A fused optimizer divides by `grad_scale` on its way, which saves
+    a pass, and finds in `found_inf` (TritonAdamW in `grad_scale`) whether to do anything, so that the host waits for
+    nothing: both are attributes, since torch's fused AdamW takes them from its GradScaler so. One that is not fused
+    gets shortened gradients, or none.
     """
+    if scaler:
+        scaler.unscale_(optimizer)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in (*weights, *getattr(optimizer, "copies", {}).values()) if p.grad is not None]
     norm = optimizer.gradient_norm() if isinstance(optimizer, TritonAdamW) else gradient_norm(gradients)
-    shorten = (norm / longest).clamp(min=1.0)  # not finite where the norm is not: inf / inf is NaN
-    if not all(group.get("fused") for group in optimizer.param_groups):
-        torch._foreach_div_(gradients, shorten)
+    local: Any = unwrapped(optimizer)
+    if all(group.get("fused") for group in optimizer.param_groups):
+        local.grad_scale = divisor(norm, longest).float()
+        if not isinstance(local, TritonAdamW):
+            local.found_inf = (~norm.isfinite()).float()
+    else:
+        torch._foreach_div_(gradients, divisor(norm, longest))
         if not norm.isfinite():
             optimizer.zero_grad(set_to_none=True)
-        return norm
-    local: Any = unwrapped(optimizer)
-    local.grad_scale = shorten.float()
-    if not isinstance(local, TritonAdamW):
-        local.found_inf = (~norm.isfinite()).float()
+    try:
+        scaler.step(optimizer) if scaler else optimizer.step()
+    finally:
+        local.grad_scale = local.found_inf = None
+    if scaler:
+        scaler.update()
     return norm
+
+
+def divisor(norm: Tensor, longest: float) -> Tensor:
+    """What the gradient is divided by. It is not finite where the norm is not: inf / inf is NaN."""
+    return (norm / longest).clamp(min=1.0)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

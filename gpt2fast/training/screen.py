@@ -6,7 +6,6 @@ import time
 
 from tqdm import tqdm
 
-from gpt2fast.machine.device import device_name
 from gpt2fast.model import parameter_count
 from gpt2fast.training.session import Session
 
@@ -17,35 +16,28 @@ def header(s: Session, source: str) -> str:
     """What is about to happen."""
     c, m = s.config, s.config.model
     n, tied = parameter_count(s.model), m.vocab_size * m.n_embd
-    epoch = s.train.batches_per_epoch * c.batch_size * c.seq_len
-    train, val = (sum(map(len, shards)) for shards in (s.dataset.train, s.dataset.val))
-    precision = [s.precision + (" autocast" if s.precision != "fp32" else "")]
-    if s.device.type == "cuda":
-        precision += [f"TF32 {'on' if c.tf32 else 'off'}"]
-    if s.precision != "fp32":
-        precision += [f"residual stream {s.stream}"]
-    precision += ["compiled" if s.compile else "not compiled"]
-    precision += ["deterministic"] if c.deterministic else []
-    precision += ["blocks recomputed in backward"] if c.recompute else []
+    epoch = s.inputs.train.batches_per_epoch * c.batch_size * c.seq_len
+    dataset, choices = s.inputs.dataset, s.choices
+    train, val = (sum(map(len, shards)) for shards in (dataset.train, dataset.val))
     ranks = f"{s.world.size} processes x " if s.world.size > 1 else ""
     expected = math.log(m.vocab_size)
     untrained = not s.step and c.init_from is None
     text = _table({
         "run": f"{c.folder}, {source}" + (f", from step {s.step}" if s.step else ""),
         **({"weights": f"begun with {c.init_from}"} if c.init_from else {}),
-        "device": f"{device_name(s.device)} ({s.device})",
-        "precision": ", ".join(precision),
-        "ops": _ops(vars(s.ops), s.times),
+        "device": f"{choices.device_name} ({choices.device})",
+        "precision": choices.words(),
+        "ops": _ops(vars(choices.ops), choices.auto),
         "model": f"{m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, block {m.block_size}: {n:,} parameters",
         "tied head": f"one matrix for embedding and head saves {tied:,} parameters, {100 * tied / n:.0f}% of {n:,}",
-        "data": f"{c.data} ({s.dataset.fingerprint}): {train:,} training tokens, {val:,} for validation",
-        "entropy": f"{s.entropy:.3f} nats: the loss that knowing only token frequencies reaches",
+        "data": f"{c.data} ({dataset.fingerprint}): {train:,} training tokens, {val:,} for validation",
+        "entropy": f"{s.inputs.entropy:.3f} nats: the loss that knowing only token frequencies reaches",
         "step": f"{c.total_batch:,} tokens = {ranks}{s.accumulation} x B {c.batch_size} x T {c.seq_len}",
         "steps": f"{c.steps:,} = {c.steps * c.total_batch:,} tokens, {c.steps * c.total_batch / epoch:.2f} epochs",
         "first loss": f"{s.first_loss:.3f}" + (f" (ln {m.vocab_size} = {expected:.2f})" if untrained else ""),
         "expected": f"{clock(s.expected_seconds)} for {c.steps - s.step:,} steps",
     })  # fmt: skip
-    if c.val_every and not s.val:
+    if c.val_every and not s.inputs.val:
         text += "\nnote: the data has no validation split that fills one sequence, so nothing is validated"
     if untrained and abs(s.first_loss - expected) > FIRST_LOSS_TOLERANCE:
         text += (
@@ -65,7 +57,7 @@ def summary(s: Session, loss: float | None, val_loss: float | None, speed: float
     return _table({
         "trained": f"{s.step:,} of {c.steps:,} steps, {s.step * c.total_batch:,} tokens, {clock(s.seconds)}",
         "speed": f"{speed:,.0f} tokens/s, MFU {share(s.mfu(speed))}",
-        "loss": f"{', '.join(losses) or 'no step was taken'}; unigram entropy {s.entropy:.3f}",
+        "loss": f"{', '.join(losses) or 'no step was taken'}; unigram entropy {s.inputs.entropy:.3f}",
         "files": f"{c.folder}: loss.png, metrics.jsonl, config.json, checkpoints/step_{s.step:08d}",
         "next": f'python -m gpt2fast.sample {c.folder} --prompt "{c.prompt}"' if done
         else f"python -m gpt2fast.train --resume --out {c.out} --run {c.folder.name}",

@@ -4,19 +4,26 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gpt2fast.machine.device import DTYPES, Precision, autocast, synchronize
-from gpt2fast.machine.world import ALONE, World, unwrapped
+from gpt2fast.machine.world import ALONE, World
 from gpt2fast.model import GPT
 from gpt2fast.rounded import Rounded
 from gpt2fast.training import optim
 
 Batch = tuple[Tensor, Tensor]
+Copies = Literal["autocast", "rounded", "written"]
+"""Who rounds the blocks' matrices to the compute dtype (rounded.py).
+
+    autocast   autocast, in each micro-batch; there are no copies
+    rounded    the training step, once for all its micro-batches; gradients go to the weights
+    written    the optimizer, which writes the copies as it updates the weights
+"""
 
 
 def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Module:
@@ -34,10 +41,34 @@ def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Mo
     return twin
 
 
+def kind_of_copies(
+    precision: Precision, device: torch.device, accumulation: int, compiled: bool, optimizer: str, ranks: int
+) -> Copies:
+    """Which copies pay. `optimizer` is "triton", "torch" (AdamW of optim.py, fused) or another.
+
+    Several ranks leave the rounding to autocast: DDP must see the gradients where they are added up. For a single
+    micro-batch copies pay only where the optimizer writes them: else they cost memory and save nothing.
+    """
+    if precision == "fp32" or ranks > 1:
+        return "autocast"
+    compiled_pass = optimizer == "torch" and device.type == "cpu" and compiled and accumulation == 1
+    if precision == "bf16" and (optimizer == "triton" or compiled_pass):
+        return "written"
+    return "rounded" if accumulation > 1 else "autocast"
+
+
+def kind_of_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    if isinstance(optimizer, optim.TritonAdamW):
+        return "triton"
+    fused = isinstance(optimizer, optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
+    return "torch" if fused else "another"
+
+
 class TrainingStep:
     """step(batches, lr) updates the model once and returns loss and gradient norm, without waiting for the device.
 
-    Of several ranks each takes `accumulation` batches of its own; gradients and loss are averaged once, at the end.
+    Each of several ranks takes `accumulation` batches of its own; gradients and loss are averaged once, at the end.
+    `copies` None: those that pay.
     """
 
     def __init__(
@@ -50,21 +81,23 @@ class TrainingStep:
         grad_clip: float = 1.0,
         compile: bool = False,
         mode: str | None = None,
+        copies: Copies | None = None,
         world: World = ALONE,
     ):
         self.model, self.optimizer = model, optimizer
         self.precision, self.accumulation, self.world = precision, accumulation, world
         self.grad_clip = grad_clip or float("inf")
         self.device = model.wte.weight.device
-        # for one micro-batch only where the optimizer rounds on its way: else the copies cost memory and save nothing
-        on_its_way = precision == "bf16" and optim.takes_copies(optimizer, compile, accumulation)
-        self.rounded = None
-        # DDP must see the gradients where they are added up, so many ranks leave the rounding to autocast
-        on_its_way = on_its_way and world.size == 1
-        if on_its_way or (accumulation > 1 and precision != "fp32" and world.size == 1):
-            self.rounded = Rounded(model, DTYPES[precision], keep_gradients=on_its_way and accumulation == 1)
+        self.copies = copies or kind_of_copies(
+            precision, self.device, accumulation, compile, kind_of_optimizer(optimizer), world.size
+        )
+        written = self.copies == "written"
+        self.rounded: Rounded | None = None
+        if self.copies != "autocast":
+            # the optimizer takes the gradients of the copies, unless they are added up, which is done in fp32
+            self.rounded = Rounded(model, DTYPES[precision], keep_gradients=written and accumulation == 1)
         if isinstance(optimizer, optim.AdamW):
-            optimizer.copies = dict(self.rounded.pairs) if self.rounded and on_its_way else {}
+            optimizer.copies = dict(self.rounded.copies) if self.rounded and written else {}
         forward = self.rounded.model if self.rounded else model
         self.forward = world.replicate(compiled(forward, self.device, mode) if compile else forward)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -110,15 +143,10 @@ class TrainingStep:
             group["lr"] = lr
 
     def update(self) -> Tensor:
-        """Clip, AdamW, no gradients any more; the norm before clipping. If it is not finite, AdamW is left out."""
-        self.scaler.unscale_(self.optimizer)
-        norm = optim.clip(self.optimizer, self.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        local: Any = unwrapped(self.optimizer)
-        local.grad_scale = local.found_inf = None  # what clip left there
+        """Clip, step, forget the gradients; the norm before clipping. If it is not finite, the step is left out."""
+        norm = optim.clip_and_step(self.optimizer, self.grad_clip, self.scaler)
         self.forget_gradients()
-        if self.rounded and not getattr(self.optimizer, "copies", None):
+        if self.rounded and self.copies == "rounded":
             self.rounded.refresh()
         return norm
 

@@ -48,7 +48,7 @@ def test_a_rung_trains_with_what_it_names(monkeypatch):
     for name in ("triton", "all", *rungs.MORE):
         seen: list = []
         found[name] = rungs.training_step(rungs.RUNGS[name], "nano", 16, CPU), seen
-    plain, low = {"low_stream": False, "recompute": False}, {"low_stream": True, "recompute": False}
+    plain, low = {"residual": "fp32", "recompute": False}, {"residual": "low", "recompute": False}
     ours = {"fused": True, "kernels": "kernels"}
     assert found == {
         "triton": (("plain", True), [plain, ours | {"kernels": None}]),

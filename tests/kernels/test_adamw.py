@@ -74,10 +74,7 @@ class Weights:
 
     def step(self, step: int, longest: float, scale: float = 1.0) -> Tensor:
         self.give_gradients(step, scale)
-        norm = optim.clip(self.optimizer, longest)
-        self.optimizer.step()
-        self.optimizer.grad_scale = None
-        return norm
+        return optim.clip_and_step(self.optimizer, longest)
 
     def results(self) -> dict[str, Tensor]:
         """Weights and moments; those of few numbers together."""
@@ -147,7 +144,7 @@ def test_a_gradient_that_is_not_finite_is_seen_in_the_norm(value, device):
     run = ours(device)
     run.give_gradients(0)
     run.copies["many chunks, bf16"].grad[2, 50303] = value
-    norm = optim.clip(run.optimizer, 1.0)
+    norm = optim.clip_and_step(run.optimizer, 1.0)
     assert norm.isnan() if value != value else norm.isinf()
 
 
@@ -273,8 +270,8 @@ def test_a_captured_update_takes_the_numbers_of_its_step(device):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        norm = optim.clip(captured.optimizer, 0.5)
-        captured.optimizer.update()
+        norm = captured.optimizer.gradient_norm()
+        captured.optimizer.update(optim.divisor(norm, 0.5).float())
     for lr in (1e-2, 1e-3):
         for run in runs:
             for group in run.optimizer.param_groups:

@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str], do: Callable[..., dict] = apart) -> int:
     options = parser().parse_args(argv)
-    device = pick_device(options.device)
+    device = pick_device(options.place.device)
     options.device = str(device)
     for name in ("steps", "batch_size", "jobs"):
         if getattr(options, name) < 1:

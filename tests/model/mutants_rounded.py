@@ -4,19 +4,19 @@ from tests.tools.mutation import Mutant
 
 MUTANTS = [
     Mutant(
-        "weight.grad.add_(leaf.grad)",
+        "weight.grad.add_(rounded.grad)",
         "pass",
         "gradients of the first micro-batch only",
         "test_accumulated_steps_are_autocasts_bit_for_bit",
     ),
     Mutant(
-        "    leaf.grad = None",
+        "    rounded.grad = None",
         "    pass",
         "gradients add up in bf16 as well",
         "test_accumulated_steps_are_autocasts_bit_for_bit",
     ),
     Mutant(
-        "torch._foreach_copy_(leaves, weights)",
+        "torch._foreach_copy_(list(self.copies.values()), list(self.copies))",
         "pass",
         "copies stay what they were",
         "test_accumulated_steps_are_autocasts_bit_for_bit",

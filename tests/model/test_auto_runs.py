@@ -12,8 +12,9 @@ from gpt2fast.errors import RunError, UserError
 from gpt2fast.inference.decode import generate
 from gpt2fast.ops import NAMES, OpsConfig
 from gpt2fast.train import train
-from gpt2fast.training import config, screen
-from gpt2fast.training.session import prepare
+from gpt2fast.training import screen
+from gpt2fast.training.record import read_record
+from gpt2fast.training.session import start
 from gpt2fast.weights import load
 from tests.tools import tiny
 from tests.tools.runs import assert_same_run, metrics
@@ -89,11 +90,10 @@ def test_a_choice_for_something_else_is_made_anew_on_resume(change, tmp_path, ca
 
 def test_the_model_computes_with_the_choice(tmp_path, planted):
     planted["attention"]["torch"] = 0.5
-    s = prepare(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="torch")))
+    s = start(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="torch")))
     compiled = {op for op in NAMES if isinstance(getattr(s.model.ops, op), partial)}
-    assert (
-        compiled == set(NAMES) - {"attention", "mlp"} == {op for op, name in asdict(s.ops).items() if name != "torch"}
-    )
+    assert compiled == set(NAMES) - {"attention", "mlp"}
+    assert compiled == {op for op, name in asdict(s.choices.ops).items() if name != "torch"}
 
 
 def test_a_resumed_run_may_name_an_op_or_another_backend(tmp_path, capsys, planted):
@@ -116,13 +116,13 @@ def test_no_memory_for_torch_is_said_in_one_line(tmp_path, planted, monkeypatch)
 
     monkeypatch.setattr(auto, "measure_op", measure_op)
     with pytest.raises(RunError, match=r"out of memory with --batch-size 2 .*: take --batch-size 1"):
-        prepare(tiny.config(tmp_path, backend="auto"))
+        start(tiny.config(tmp_path, backend="auto"))
 
 
 def test_an_op_that_was_named_and_cannot_be_built_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=r"needs a CUDA GPU, and this run is on cpu"):
-        prepare(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="triton")))
+        start(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="triton")))
 
 
 def test_refused_candidates_are_shown():
@@ -171,7 +171,7 @@ sample.main(["out/tiny", "--tokens", "3", "--device", "cpu"])
     done = run_python("-c", code, *tiny.FLAGS, *words, "--backend", "auto", check=True, env=environment)
     assert "ops         auto: torch\n" in done.stdout
     assert "step_00000002 on cpu" in done.stdout
-    stored, resolved = config.read_record(tmp_path / "out" / "tiny")
+    stored, resolved = read_record(tmp_path / "out" / "tiny")
     assert (stored.backend, set(resolved["ops"].values())) == ("auto", {"torch"})
 
 

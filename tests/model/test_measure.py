@@ -30,23 +30,23 @@ def plant(monkeypatch, **functions):
     monkeypatch.setattr(measure, "implementation", lambda op, name, *rest: functions.get(name) or real(op, name, *rest))
 
 
-@pytest.mark.parametrize("low_stream", [False, True], ids=["fp32 stream", "low stream"])
+@pytest.mark.parametrize("residual", ["fp32", "low"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("op", NAMES)
-def test_torch_agrees_with_itself_and_is_timed(op, precision, low_stream, monkeypatch, briefly):
+def test_torch_agrees_with_itself_and_is_timed(op, precision, residual, monkeypatch, briefly):
     plant(monkeypatch, compiled=getattr(build(OpsConfig()), op))
     before = torch.get_rng_state()
-    work = replace(WORK, precision=precision, low_stream=low_stream)
+    work = replace(WORK, precision=precision, residual=precision if residual == "low" else "fp32")
     times = measure.measure_op(op, ["torch", "compiled"], work, CPU)
     assert set(times) == {"torch", "compiled"}
     assert all(isinstance(ms, float) and 0 < ms < math.inf for ms in times.values())
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("low_stream", [False, True], ids=["fp32 stream", "low stream"])
+@pytest.mark.parametrize("residual", ["fp32", "low"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("op", NAMES)
-def test_the_inputs_are_those_of_training(op, precision, low_stream):
+def test_the_inputs_are_those_of_training(op, precision, residual):
     """Shapes, dtypes, and who needs a gradient, as the model itself calls the op."""
     seen = set()
     functions = {name: getattr(reference, name) for name in (*NAMES, "cached_attention")}
@@ -57,11 +57,13 @@ def test_the_inputs_are_those_of_training(op, precision, low_stream):
         return fn(*args)
 
     sizes = GPTConfig(n_layer=2, n_head=WORK.H, n_embd=WORK.C, block_size=WORK.T, vocab_size=WORK.vocab_size)
-    gpt = GPT(sizes, Ops(**functions | {op: spy}), low_stream=low_stream)
+    gpt = GPT(sizes, Ops(**functions | {op: spy}), residual=residual)
     tokens = torch.zeros(WORK.B, WORK.T, dtype=torch.long)
     with autocast(CPU, precision):
         gpt(tokens, tokens).backward()
-    made = measure.calls(op, replace(WORK, precision=precision, low_stream=low_stream), CPU, WORK.B)
+    made = measure.calls(
+        op, replace(WORK, precision=precision, residual=precision if residual == "low" else "fp32"), CPU, WORK.B
+    )
     assert {tuple(map(described, (*call.leaves, *call.others))) for call in made} == seen
 
 

@@ -189,7 +189,7 @@ def test_heads_of_unequal_width_are_refused():
 
 
 def old_hidden(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """As it was written before embedding, low_stream and recompute."""
+    """As it was written before embedding, residual and recompute."""
     sparse = idx.device.type == "cpu"
     x = torch.nn.functional.embedding(idx, model.wte.weight, sparse=sparse) + model.wpe.weight[: idx.shape[1]]
     norms = [block.ln_1 for block in model.h] + [model.ln_f]
@@ -215,14 +215,14 @@ def test_without_options_nothing_has_changed_by_a_bit(precision):
 
 
 STREAMS = {
-    ("fp32", False): torch.float32, ("fp32", True): torch.float32, ("bf16", False): torch.float32,
-    ("bf16", True): torch.bfloat16, ("fp16", True): torch.float16,
+    ("fp32", "fp32"): torch.float32, ("fp32", "low"): torch.float32, ("bf16", "fp32"): torch.float32,
+    ("bf16", "low"): torch.bfloat16, ("fp16", "low"): torch.float16,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize(("precision", "low_stream"), STREAMS)
-def test_the_streams_dtype(precision, low_stream, recompute):
+@pytest.mark.parametrize(("precision", "residual"), STREAMS)
+def test_the_streams_dtype(precision, residual, recompute):
     """Of every sum, and of the gradients, which a hook of autograd sees."""
     seen, gradients = [], []
 
@@ -232,9 +232,9 @@ def test_the_streams_dtype(precision, low_stream, recompute):
         s.register_hook(lambda ds: gradients.append(ds.dtype)) if s.requires_grad else None
         return s, h
 
-    model = GPT(TINY, replace(OPS, add_layer_norm=add_layer_norm), low_stream=low_stream, recompute=recompute)
+    model = GPT(TINY, replace(OPS, add_layer_norm=add_layer_norm), residual=residual, recompute=recompute)
     loss, *_ = loss_and_gradients(model, precision)
-    dtype = STREAMS[precision, low_stream]
+    dtype = STREAMS[precision, residual]
     assert set(seen) == {(dtype, dtype)}
     # computed again until the last value that backward needs, which is in the second one of a block
     assert len(seen) == TINY.n_layer * (2 + recompute)
@@ -243,19 +243,19 @@ def test_the_streams_dtype(precision, low_stream, recompute):
 
 
 def test_a_low_stream_has_gradients_of_the_weights_dtype_and_moves_the_loss_by_its_rounding():
-    low, fp32 = (loss_and_gradients(GPT(TINY, OPS, low_stream=low), "bf16") for low in (True, False))
+    low, fp32 = (loss_and_gradients(GPT(TINY, OPS, residual=low), "bf16") for low in ("low", "fp32"))
     assert {g.dtype for g in low} == {torch.float32}
     assert not torch.equal(low[0], fp32[0])
     torch.testing.assert_close(low[0], fp32[0], rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("low_stream", [False, True], ids=["fp32 stream", "low stream"])
+@pytest.mark.parametrize("residual", ["fp32", "low"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recomputed_blocks_have_the_same_loss_and_gradients_bit_for_bit(precision, low_stream):
+def test_recomputed_blocks_have_the_same_loss_and_gradients_bit_for_bit(precision, residual):
     calls = []
     attention = replace(OPS, attention=lambda *args: calls.append(1) or OPS.attention(*args))
     results = [
-        loss_and_gradients(GPT(TINY, attention, low_stream=low_stream, recompute=recompute), precision)
+        loss_and_gradients(GPT(TINY, attention, residual=residual, recompute=recompute), precision)
         for recompute in (False, True)
     ]
     assert len(calls) == 3 * TINY.n_layer  # the second time, forward and backward
@@ -293,14 +293,14 @@ def test_recomputed_blocks_keep_their_inputs_only():
     assert kept(True) < 0.4 * kept(False)
 
 
-@pytest.mark.parametrize("low_stream", [False, True], ids=["fp32 stream", "low stream"])
-def test_weights_rounded_once_a_step_go_with_both_options(low_stream):
+@pytest.mark.parametrize("residual", ["fp32", "low"])
+def test_weights_rounded_once_a_step_go_with_both_options(residual):
     """As test_rounded.py has it: the twin's options are the model's, and its steps are autocast's bit for bit."""
     results = []
     for recompute, rounds in ((True, True), (False, False)):
-        model = GPT(TINY, OPS, low_stream=low_stream, recompute=recompute)
+        model = GPT(TINY, OPS, residual=residual, recompute=recompute)
         step = TrainingStep(model, optim.adamw(model, 0.1), precision="bf16", accumulation=2)
-        assert (step.rounded.model.low_stream, step.rounded.model.recompute) == (low_stream, recompute)
+        assert (step.rounded.model.residual, step.rounded.model.recompute) == (residual, recompute)
         if not rounds:
             step.rounded, step.forward = None, model
         batches = iter([(tokens(2, 9, seed=seed), tokens(2, 9, seed=seed + 9)) for seed in range(6)])

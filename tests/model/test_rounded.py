@@ -41,7 +41,7 @@ def test_accumulated_steps_are_autocasts_bit_for_bit(precision):
     for rounds in (True, False):
         model = gpt()
         step = TrainingStep(model, optim.adamw(model, 0.1), precision=precision, accumulation=2)
-        assert len(step.rounded.pairs) == MATRICES
+        assert len(step.rounded.copies) == MATRICES
         if not rounds:
             step.rounded, step.forward = None, model
         results.append(run(model, step))
@@ -64,7 +64,7 @@ def test_the_model_stays_in_fp32_and_shares_all_but_the_matrices():
     ours, twins = dict(model.named_parameters()), dict(rounded.model.named_parameters())
     assert list(ours) == list(twins)
     copied = [name for name in ours if ours[name] is not twins[name]]
-    assert len(copied) == len(rounded.pairs) == MATRICES
+    assert len(copied) == len(rounded.copies) == MATRICES
     assert all(twins[name].dtype == torch.bfloat16 for name in copied)
     assert all(weight.dtype == torch.float32 for weight in ours.values())
     assert not any(name.startswith("w") for name in copied)
@@ -84,8 +84,8 @@ def with_copies():
     """A step whose optimizer reads and writes the copies, as a compiled one does, with the blocks left uncompiled."""
     model = gpt()
     step = TrainingStep(model, optim.adamw(model, 0.1), precision="bf16", grad_clip=0.5)
-    step.rounded = Rounded(model, torch.bfloat16, keep_gradients=True)
-    step.optimizer.copies = dict(step.rounded.pairs)
+    step.copies, step.rounded = "written", Rounded(model, torch.bfloat16, keep_gradients=True)
+    step.optimizer.copies = dict(step.rounded.copies)
     step.forward = step.rounded.model
     return model, step
 
@@ -100,7 +100,7 @@ def test_adamw_that_rounds_on_its_way_is_torchs():
     got, expected = run(model, step, 1), run(plain, other, 1)
     assert expected[1] > 1  # clipped
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
-    for weight, copy in step.rounded.pairs:
+    for weight, copy in step.rounded.copies.items():
         assert torch.equal(copy, weight.bfloat16())
         assert copy.grad is None
     ours, theirs = (s.optimizer.state_dict()["state"] for s in (step, other))
@@ -112,7 +112,7 @@ def test_adamw_that_rounds_on_its_way_is_torchs():
 def test_one_update_from_the_same_gradient():
     """In fp64 for the truth: the pass errs by fp32's rounding."""
     _, step = with_copies()
-    (weight, copy), *_ = step.rounded.pairs
+    (weight, copy), *_ = step.rounded.copies.items()
     before, gradient = weight.detach().double(), torch.randn(weight.shape).bfloat16()
     step.optimizer.copies = {weight: copy}
     for group in step.optimizer.param_groups:

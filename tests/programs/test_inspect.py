@@ -12,7 +12,7 @@ from gpt2fast.data import dataset, shards
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.inspect import InspectConfig
 from gpt2fast.train import train
-from gpt2fast.training import config
+from gpt2fast.training.record import read_record
 from gpt2fast.weights import load
 from gpt2fast.weights.foreign import Weights
 from tests.tools import tiny
@@ -180,4 +180,4 @@ def test_loss_png_of_training_is_as_before(finished):
     from matplotlib.image import imread
 
     assert imread(finished.folder / "loss.png").shape == (540, 960, 4)
-    assert math.isfinite(config.read_record(finished.folder)[1]["unigram_entropy"])
+    assert math.isfinite(read_record(finished.folder)[1]["unigram_entropy"])

@@ -9,7 +9,7 @@ import os
 import random as python_random
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,11 @@ from gpt2fast.data import encode, loader, shards, texts, tokenizer, writer
 from gpt2fast.data.dataset import count_tokens, open_folder, unigram_entropy
 from gpt2fast.inference import hellaswag
 from gpt2fast.model import GPT
-from gpt2fast.training import config, optim
+from gpt2fast.training import config, optim, record
 from gpt2fast.training.config import PRESETS
 from gpt2fast.weights import checkpoint, foreign, load
 from gpt2fast.weights.openai import _masked_crc32c
-from tests.tools import foreign_files
+from tests.tools import foreign_files, tiny
 from tests.tools.command_lines import CommandLine, run_program
 from tests.tools.damage import Files, Target
 from tests.tools.foreign_files import OPENAI
@@ -157,15 +157,15 @@ def read_checkpoint(folder: Path) -> object:
     return weights, state["data_fingerprint"].strip(), state["seconds"] + 1.0, dict(state["scaler"])
 
 
-def record() -> Files:
-    resolved = {"device": "cpu", "precision": "fp32", "compile": False, "ops": {"mlp": "torch"}, "auto": None}
-    resolved |= {"unigram_entropy": 5.5, "data_fingerprint": "0" * 16}
-    return {"config.json": json.dumps({"config": config.to_dict(PRESETS["nano"]), "resolved": resolved}).encode()}
+def run_record() -> Files:
+    facts = {"parameters": 1, "unigram_entropy": 5.5, "data_fingerprint": "0" * 16}
+    found = {"config": config.to_dict(PRESETS["nano"]), "resolved": asdict(tiny.choices()) | facts}
+    return {"config.json": json.dumps(found).encode()}
 
 
-def read_record(folder: Path) -> object:
+def read_a_record(folder: Path) -> object:
     """And what resume, inspect and evaluate do with it."""
-    settings, resolved = config.read_record(folder)
+    settings, resolved = record.read_record(folder)
     config.check(config.resolve(settings, 2**34))
     json.dumps(config.to_dict(settings))
     if not resolved:
@@ -261,7 +261,7 @@ TARGETS = {
     "openai": Target(openai("model.ckpt.index", "model.ckpt.data-00000-of-00001"), read_weights(), mend_table),
     "openai npz": Target(openai("model.npz"), read_weights("model.npz")),
     "checkpoint": Target(our_checkpoint, read_checkpoint, mend_manifest),
-    "config.json": Target(record, read_record),
+    "config.json": Target(run_record, read_a_record),
     "HellaSwag jsonl": Target(hellaswag_rows, lambda folder: hellaswag.read(folder / "rows.jsonl")),
     "HellaSwag bin": Target(hellaswag_bin, lambda folder: hellaswag.read(folder / "val.bin")),
     "text": Target(text_files, read_text),

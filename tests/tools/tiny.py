@@ -7,6 +7,8 @@ import numpy as np
 
 from gpt2fast.data import shards
 from gpt2fast.model import GPTConfig
+from gpt2fast.ops import OpsConfig
+from gpt2fast.training.choices import Choices
 from gpt2fast.training.config import TrainConfig
 
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=256)
@@ -28,6 +30,16 @@ def write_data(folder: Path, seed: int = 0, n: int = 1000) -> Path:
         first = 2 * random.integers(0, 100, size // 2)
         shards.write_shard(folder / f"{name}.bin", np.stack([first, first + 1], 1).ravel().astype(np.uint16))
     return folder
+
+
+def choices(**changes) -> Choices:
+    """Those of FLAGS."""
+    base = Choices(
+        device="cpu", device_name="a CPU, 1 threads", ranks=1, torch="2.11.0", precision="fp32", tf32=None,
+        residual="fp32", compile=False, deterministic=False, recompute=False, cuda_graph=False, optimizer="torch",
+        copies="autocast", ops=OpsConfig().with_backend("torch"), auto=None,
+    )  # fmt: skip
+    return replace(base, **changes)
 
 
 def config(folder: Path, **changes) -> TrainConfig:

@@ -12,7 +12,6 @@ from gpt2fast.model import SIZES
 from gpt2fast.ops import OpsConfig
 from gpt2fast.training import config
 from gpt2fast.training.config import PRESETS, TrainConfig
-from tests.tools import tiny
 
 GIB = 2**30
 
@@ -86,15 +85,6 @@ def test_no_such_backend(flags, capsys):
     assert "invalid choice" in capsys.readouterr().err
 
 
-def test_what_auto_became_is_read_back(tmp_path):
-    c = replace(PRESETS["nano"], backend="auto", ops=OpsConfig(mlp="compiled"))
-    resolved = {"ops": {"mlp": "compiled"}, "precision": "bf16", "compile": False, "unigram_entropy": 5.8}
-    resolved |= {"data_fingerprint": "0" * 16}
-    text = json.dumps({"config": config.to_dict(c), "resolved": resolved})
-    (tmp_path / "config.json").write_text(text)
-    assert config.read_record(tmp_path) == (c, resolved)
-
-
 def test_without_a_preset_the_header_says_which_was_taken():
     pytest.importorskip("tyro", reason="needs tyro for the command line")
     c, source = train.read_settings(["--steps", "5"], "nano")
@@ -111,15 +101,6 @@ def test_the_batch_size_follows_from_memory():
     assert config.default_batch_size(PRESETS["gpt2"], None) == 4
     assert [config.default_batch_size(PRESETS["nano"], None, ranks) for ranks in (1, 2, 8)] == [8, 4, 1]
     assert config.default_batch_size(TrainConfig(seq_len=1024, total_batch=3 * 1024), 141 * GIB) == 1
-
-
-def test_config_json_of_something_else(folder, capsys):
-    c = tiny.config(folder, stop_at=2)
-    train.train(c)
-    for text in ("{}", "[]", '{"config": {"model": 3}}', "nonsense", '{"config": null}'):
-        (c.folder / "config.json").write_text(text)
-        with pytest.raises(UserError, match="damaged or of another version"):
-            config.read_config(c.folder)
 
 
 def test_unknown_preset(folder):

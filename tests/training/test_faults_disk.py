@@ -27,7 +27,7 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
     """At every call: one line, the one before is whole, nothing half-written stays; then the same weights."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
-    s = session.prepare(c)
+    s = session.start(c)
     optimizer = s.take_step.optimizer
     first = checkpoint.save(s.checkpoints, 2, s.model, optimizer, {}, keep=2)
     before = {path: path.read_bytes() for path in first.iterdir()}

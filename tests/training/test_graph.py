@@ -88,15 +88,5 @@ def test_a_step_that_is_given_up_leaves_no_trace(device, monkeypatch):
 )
 def test_refused_without_a_gpu(changes, error, tmp_path):
     with pytest.raises(UserError, match=error):
-        session.prepare(tiny.config(tmp_path, cuda_graph=True, **changes))
+        session.start(tiny.config(tmp_path, cuda_graph=True, **changes))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("optimizer", "precision"), [("torch", "bf16"), ("auto", "fp16")])
-def test_it_needs_our_optimizer(optimizer, precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(session.ops, "kernels", lambda device: None)
-    config = tiny.config(tmp_path, cuda_graph=True, optimizer=optimizer)
-    with pytest.raises(
-        UserError, match=f"--cuda-graph records our own AdamW, .* {'fp16' if precision == 'fp16' else 'torch'}"
-    ):
-        session.check_optimizer(config, torch.device("cuda"), precision)

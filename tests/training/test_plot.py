@@ -62,7 +62,7 @@ def test_drawing_a_long_run_keeps_two_numbers_of_a_row(tmp_path):
 def test_nothing_is_left_of_a_drawn_figure(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     config, dataset = SimpleNamespace(folder=tmp_path), SimpleNamespace(name="data")
-    s = SimpleNamespace(config=config, dataset=dataset, entropy=5.0, world=ALONE)
+    s = SimpleNamespace(config=config, inputs=SimpleNamespace(dataset=dataset, entropy=5.0), world=ALONE)
     gc.disable()  # so that none is collected by chance
     try:
         draw(s)

@@ -53,14 +53,14 @@ def test_a_folder_with_other_files_is_refused(folder):
 def test_a_run_that_appears_while_this_one_gets_ready_is_not_mixed_with_it(folder, monkeypatch):
     c = tiny.config(folder)
 
-    def prepare(config, world):
+    def get_ready(config, world):
         s = real(config, world)
         c.folder.mkdir(parents=True)
         (c.folder / "config.json").write_text("another's")
         return s
 
-    real = program.prepare
-    monkeypatch.setattr(program, "prepare", prepare)
+    real = program.start
+    monkeypatch.setattr(program, "start", get_ready)
     with pytest.raises(UserError, match="already holds a run"):
         train(c)
     assert (c.folder / "config.json").read_text() == "another's"

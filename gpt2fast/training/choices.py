@@ -1,0 +1,193 @@
+"""What every "auto" of a run became: decided once, before anything is built.
+
+    settle    the device, the precision that it is fast at, its memory
+    choose    compiled or not, the residual stream, ops, optimizer, rounded copies of the weights
+
+`fields(Choices)` are what the header prints, what config.json keeps, and what --deterministic compares on --resume. So
+a new option is a field of TrainConfig, a field of Choices with its line in `choose`, and its consumer.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from gpt2fast import auto, ops
+from gpt2fast.errors import UserError
+from gpt2fast.machine.device import Precision, device_name, pick_device, pick_precision
+from gpt2fast.machine.world import ALONE, World
+from gpt2fast.measure import Workload
+from gpt2fast.ops import OpsConfig
+from gpt2fast.training import flops
+from gpt2fast.training.config import Resolved, TrainConfig
+from gpt2fast.training.memory import out_of_memory
+from gpt2fast.training.step import Copies, kind_of_copies
+
+COMPILE_FLOPS = 2e14  # five minutes on two good cores: a twentieth of it is what compiling costs, and gains
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes: `memory` is the GPU's, in bytes; None elsewhere."""
+
+    device: torch.device
+    precision: Precision
+    memory: int | None
+
+
+def settle(c: TrainConfig, world: World = ALONE) -> Place:
+    """The device of this rank. UserError if --device or --precision cannot be had."""
+    device = pick_device(c.device, world)
+    precision = pick_precision(c.precision, device, ops.interpreted(c.implementations, c.optimizer))
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return Place(device, precision, memory)
+
+
+def said(words: Callable[[Any], str], bits: bool = True) -> dict:
+    """The metadata of a field of Choices: how the header says its value, and whether it changes the bits of a run."""
+    return {"words": words, "bits": bits}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How a run computes. `device` has the GPU's number; `auto` holds the times by which --backend auto chose.
+
+    A field without metadata changes the bits of a run, and the header says it elsewhere or not at all.
+    """
+
+    device: str = field(metadata={"bits": False})
+    device_name: str
+    ranks: int
+    torch: str
+    precision: Precision = field(metadata=said(lambda name: name if name == "fp32" else f"{name} autocast"))
+    tf32: bool | None = field(metadata=said(lambda on: "" if on is None else f"TF32 {'on' if on else 'off'}"))
+    residual: Precision = field(metadata=said(lambda name: f"residual stream {name}"))
+    compile: bool = field(metadata=said(lambda on: "compiled" if on else "not compiled"))
+    deterministic: bool = field(metadata=said(lambda on: "deterministic" * on, bits=False))
+    recompute: bool = field(metadata=said(lambda on: "blocks recomputed in backward" * on, bits=False))
+    cuda_graph: bool = field(metadata=said(lambda on: "CUDA graph" * on))
+    optimizer: str = field(metadata=said(lambda name: "" if name == "torch" else f"AdamW by {name}"))
+    copies: Copies
+    ops: OpsConfig
+    auto: dict[str, dict] | None = field(metadata={"bits": False})
+
+    def words(self) -> str:
+        """What the header says of them on one line; `residual` means something under autocast only."""
+        said = {f.name: f.metadata["words"](getattr(self, f.name)) for f in fields(self) if "words" in f.metadata}
+        if self.precision == "fp32":
+            del said["residual"]
+        return ", ".join(filter(None, said.values()))
+
+
+def choose(c: Resolved, place: Place, world: World = ALONE, before: tuple[TrainConfig, dict] | None = None) -> Choices:
+    """Decide what the settings leave open; rank 0 measures ops for all ranks, since roundings must not differ.
+
+    `before`: the settings and the choices of the run that is resumed.
+    """
+    device, precision = place.device, place.precision
+    compiled = compiling_pays(c, device) if c.compile == "auto" else c.compile == "on"
+    residual = residual_dtype(c, place)
+    chosen = choose_ops(c, place, compiled, residual, before) if world.main else None
+    chosen = auto.from_json(world.broadcast(auto.to_json(chosen)))
+    optimizer = "triton" if adamw_is_ours(c, chosen.ops, place) else "torch"
+    return Choices(
+        device=str(device),
+        device_name=device_name(device),
+        ranks=world.size,
+        torch=torch.__version__,
+        precision=precision,
+        tf32=c.tf32 if device.type == "cuda" else None,
+        residual=residual,
+        compile=compiled,
+        deterministic=c.deterministic,
+        recompute=c.recompute,
+        cuda_graph=c.cuda_graph,
+        optimizer=optimizer,
+        copies=kind_of_copies(precision, device, c.accumulation // world.size, compiled, optimizer, world.size),
+        ops=chosen.ops,
+        auto=chosen.results if c.backend == "auto" else None,
+    )
+
+
+def check_possible(c: Resolved, place: Place, world: World = ALONE) -> None:
+    """UserError if ops, --optimizer or --cuda-graph were named and cannot be had on this device."""
+    ops.build(c.implementations, place.device.type)
+    check_optimizer(c, place, world)
+    ops.check_sizes(c.implementations, c.model.n_embd, c.model.n_embd // c.model.n_head)
+
+
+def check_optimizer(c: TrainConfig, place: Place, world: World = ALONE) -> None:
+    """UserError if --optimizer triton or --cuda-graph was asked for and cannot be had."""
+    fp16 = place.precision == "fp16"
+    if c.cuda_graph and place.device.type != "cuda":
+        raise UserError(f"--cuda-graph needs a CUDA GPU, and this run is on {place.device}: leave it out")
+    if c.cuda_graph and world.size > 1:
+        raise UserError(f"--cuda-graph works with one process, and this run has {world.size}: leave it out")
+    if c.cuda_graph and (c.optimizer == "torch" or fp16):
+        what = "fp16" if fp16 else "--optimizer torch"
+        raise UserError(f"--cuda-graph needs Triton's AdamW, which {what} rules out: leave one of them out")
+    if c.optimizer == "triton" and fp16:
+        raise UserError("--optimizer triton has no loss scaling, which fp16 needs: use --optimizer torch")
+    if c.optimizer == "triton" or c.cuda_graph:
+        ops.kernels(place.device.type)
+
+
+def compiling_pays(c: TrainConfig, device: torch.device) -> bool:
+    """On CUDA always; on a CPU in a long run, by its length from first to last step, so that a resumed one agrees."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    work = c.steps * c.total_batch * flops.flops_per_token(c.model, c.seq_len)
+    return work > COMPILE_FLOPS and any(map(shutil.which, ("g++", "clang++")))
+
+
+def residual_dtype(c: TrainConfig, place: Place) -> Precision:
+    """That of the residual stream: fp32, or autocast's. A sum of 2 n_layer branches may exceed fp16's 65504."""
+    if c.residual == "auto":
+        return "bf16" if place.device.type == "cuda" and place.precision == "bf16" else "fp32"
+    return place.precision if c.residual == "low" else "fp32"
+
+
+def adamw_is_ours(c: TrainConfig, chosen: OpsConfig, place: Place) -> bool:
+    """What --optimizer says; with auto ours only if some op is ours, or for --cuda-graph."""
+    if c.optimizer == "auto":
+        some = not set(ops.TRITON).isdisjoint(asdict(chosen).values())
+        return (some or c.cuda_graph) and place.device.type == "cuda" and place.precision != "fp16"
+    return c.optimizer == "triton"
+
+
+def choose_ops(
+    c: Resolved, place: Place, compiled: bool, residual: Precision, before: tuple[TrainConfig, dict] | None
+) -> auto.Choice:
+    """What --backend and --ops say; what they leave open is measured, or on --resume taken as it was."""
+    if c.backend != "auto":
+        return auto.Choice(ops=c.implementations, results={})
+    if before and (again := resumed_choice(c, place, compiled, residual, *before)):
+        return again
+    m = c.model
+    work = Workload(
+        B=c.batch_size, T=c.seq_len, C=m.n_embd, H=m.n_head, V=m.padded_vocab_size, vocab_size=m.vocab_size,
+        precision=place.precision, tf32=c.tf32, compiled=compiled, residual=residual,
+    )  # fmt: skip
+    try:
+        return auto.pick(c.ops, work, place.device)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(c) from None
+
+
+def resumed_choice(
+    c: Resolved, place: Place, compiled: bool, residual: Precision, before: TrainConfig, was: dict
+) -> auto.Choice | None:
+    """The earlier choice, so that the run continues as it began; None if it was made for something else."""
+    now = {
+        "device_name": device_name(place.device), "precision": place.precision, "compile": compiled,
+        "residual": residual,
+    }  # fmt: skip
+    same = before.backend == "auto" and before.tf32 == c.tf32 and all(was[name] == now[name] for name in now)
+    left_open = [op for op, given in asdict(c.ops).items() if given is None]
+    if not same or any(getattr(before.ops, op) for op in left_open):
+        return None
+    found = auto.recall(c.ops, was["ops"], place.device.type)
+    times = {op: results for op, results in was["auto"].items() if op in left_open}
+    return auto.Choice(ops=found, results=times) if found else None

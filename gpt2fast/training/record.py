@@ -1,0 +1,55 @@
+"""config.json of a run: its settings, its choices, what its data is, the machine, and every resume."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from gpt2fast.errors import UserError
+from gpt2fast.files import checked
+from gpt2fast.ops import OpsConfig
+from gpt2fast.training.choices import Choices
+from gpt2fast.training.config import TrainConfig, from_dict, to_dict
+
+FACTS = {"parameters": int, "unigram_entropy": float, "data_fingerprint": str}  # beside the choices
+LATER = ("tf32", "deterministic", "recompute", "copies")  # choices that the first runs did not record
+
+
+def resolved(choices: Choices, **facts: float | str) -> dict:
+    """What stands beside the settings, plain JSON."""
+    assert set(facts) == set(FACTS)
+    return asdict(choices) | facts
+
+
+def read_record(folder: Path) -> tuple[TrainConfig, dict]:
+    """The settings of a run, and what they were resolved to; UserError if config.json is missing or damaged."""
+    path = folder / "config.json"
+    try:
+        record = checked.read_json(path)
+        found = record["resolved"]
+        checked.check("resolved", found, dict)
+        types = {f.name: dict[str, str] if f.type is OpsConfig else f.type for f in fields(Choices)} | FACTS
+        for name, annotation in types.items():
+            if name in found or name not in LATER:
+                checked.check(name, found.get(name), annotation)
+        return from_dict(record["config"]), found
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no run ({path.name} is missing): name another, or start one (python -m gpt2fast.train)"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None
+
+
+def changes(new: dict, old: dict) -> dict[str, list]:
+    """{setting: [old, new]} of two `to_dict`s, without the settings that only say where and how a run is started."""
+    old = to_dict(from_dict(old))  # it may have fewer settings
+    started = ("resume", "stop_at", "out", "run")
+    return {name: [old[name], new[name]] for name in new if new[name] != old[name] and name not in started}
+
+
+def changed_bits(choices: Choices, was: dict) -> tuple[str, object, object] | None:
+    """The first choice (name, earlier, now) that would change the bits of a run, if there is one."""
+    for f in fields(choices):
+        now = asdict(choices)[f.name]
+        if f.metadata.get("bits", True) and f.name in was and was[f.name] != now:
+            return f.name, was[f.name], now
+    return None
