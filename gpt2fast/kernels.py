@@ -15,14 +15,14 @@ __path__ = [str(folder) for folder in _folders if (folder / "registration.py").i
 
 # after __path__, by which these are found
 from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm  # noqa: E402
-from gpt2fast.kernels.attention import attention, flash_attention  # noqa: E402
 from gpt2fast.kernels.attention_decode import cached_attention  # noqa: E402
-from gpt2fast.kernels.cross_entropy import cross_entropy, linear_cross_entropy  # noqa: E402
-from gpt2fast.kernels.embedding import embedding  # noqa: E402
-from gpt2fast.kernels.gelu import bias_gelu, gelu  # noqa: E402
-from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm  # noqa: E402
-from gpt2fast.kernels.mlp import linear, mlp  # noqa: E402
+from gpt2fast.kernels.attention_forward import attention, flash_attention  # noqa: E402
+from gpt2fast.kernels.embeddings import embedding  # noqa: E402
+from gpt2fast.kernels.layernorm import add_layer_norm, layer_norm  # noqa: E402
+from gpt2fast.kernels.loss import cross_entropy, linear_cross_entropy  # noqa: E402
+from gpt2fast.kernels.projections import linear, mlp  # noqa: E402
 from gpt2fast.kernels.registration import interpreter_fault  # noqa: E402
+from gpt2fast.kernels.tanh_gelu import bias_gelu, gelu  # noqa: E402
 
 __all__ = [
     "ParameterTable", "adamw_", "add_layer_norm", "attention", "bias_gelu", "cached_attention", "cross_entropy",

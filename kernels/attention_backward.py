@@ -1,4 +1,4 @@
-"""All of attention's backward in one pass: dq, dk and dv from the same scores. The equations stand in attention.py.
+"""All of attention's backward in one pass: dq, dk and dv from the same scores. Equations: attention_forward.py.
 
 A persistent program owns a head at a time. It walks the key tiles, keeping dk and dv in registers, and for each of them
 the query tiles that see it, so that s and p are made once: five matmuls and one exponential a score, where the two

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt2fast.kernels import launch
-from gpt2fast.kernels.attention import D_RANGE, LOG2_E
+from gpt2fast.kernels.attention_forward import D_RANGE, LOG2_E
 from gpt2fast.kernels.registration import autocast, check_device, check_shape, check_tensors, op
 
 LEAST = tl.constexpr(-3e38)  # of a lane that has seen nothing: minus infinity would give inf - inf

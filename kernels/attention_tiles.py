@@ -1,4 +1,4 @@
-"""The three kernels of attention.py, where the equations stand: forward, dq (and delta), dk and dv.
+"""The three kernels of attention_forward.py, where the equations stand: forward, dq (and delta), dk and dv.
 
 A program owns a tile of queries (forward, dq) or of keys (dk, dv) of one head and walks the other side. Tiles of one
 head are neighbours in the grid, since they share its keys and values in L2; those with the most work come first, so

@@ -1,4 +1,4 @@
-"""The MLP with GELU, and its derivative, in the epilogues of the matmuls beside it: another mlp than mlp.py's.
+"""The MLP with GELU, and its derivative, in the epilogues of the matmuls beside it: another mlp than projections.py's.
 
     h = x fc_w^T + fc_b,   a = gelu(h),   y = a proj_w^T + proj_b
     dh = (dy proj_w) gelu'(h),   dfc_b = sum_m dh,   dproj_b = sum_m dy
@@ -11,9 +11,9 @@ Kernels   One makes h and a from x; one makes dh, a once more, and the sums of d
           TFLOP/s and C=768; what backward reads and writes for it 3.0 us at 4.3 TB/s, its exponentials 1.2 us.
           Operands come through TMA from sm_90 on, where they are aligned to it, else through pointers.
 Traffic   In passes over H = M F elements, of a layer: forward writes h, a and reads a; backward reads h, writes dh, a
-          and reads a, dh, dh: 9. mlp.py takes 11: forward also reads h; backward writes and reads da, and need not
-          write a. At M=65536, C=768 in bf16, two passes are 0.81 GB, 0.19 ms at 4.3 TB/s: 2.25 ms in 12 layers.
-Saves     x and h. Not a, M F elements as well: 4.8 GB in 12 layers, which mlp.py keeps.
+          and reads a, dh, dh: 9. projections.py takes 11: forward also reads h; backward writes and reads da, and need
+          not write a. At M=65536, C=768 in bf16, two passes are 0.81 GB, 0.19 ms at 4.3 TB/s: 2.25 ms in 12 layers.
+Saves     x and h. Not a, M F elements as well: 4.8 GB in 12 layers, which projections.py keeps.
 Numerics  fp32 accumulators. h is rounded once, with its bias, and a is the GELU of the rounded h, the same bits in
           both directions. The product dy proj_w is not rounded before it is multiplied by gelu'. dfc_b is the sum of
           dh before it is rounded: over a tile's rows in its epilogue, over the tiles at the end (M / 128 rows of fp32),
@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2fast.kernels import launch
-from gpt2fast.kernels.gelu import THREE_CUBIC, TWO_SQRT_2_OVER_PI, _z
 from gpt2fast.kernels.matmul import (
     columns,
     load_tile,
@@ -44,11 +43,12 @@ from gpt2fast.kernels.matmul import (
     tma_can_reach,
 )
 from gpt2fast.kernels.registration import autocast, check_shape, check_tensors, dot_precision, op
+from gpt2fast.kernels.tanh_gelu import THREE_CUBIC, TWO_SQRT_2_OVER_PI, _z
 
 
 @triton.jit
 def _gelu_and_grad(x):
-    """As in gelu.py, but sigmoid(z) and sigmoid(-z) from one exponential and one reciprocal instead of two of each."""
+    """As in tanh_gelu.py, but both sigmoids share one exponential and one reciprocal instead of two of each."""
     z = _z(x)
     e = tl.exp(-tl.abs(z))
     large = 1 / (1 + e)

@@ -28,19 +28,19 @@ MAY = {
 KERNELS = {
     # file of kernels/: files of kernels/ that it imports
     "adamw": "launch registration",
-    "attention": "attention_backward attention_tiles launch registration",
     "attention_backward": "attention_tiles",
-    "attention_decode": "attention launch registration",
+    "attention_decode": "attention_forward launch registration",
+    "attention_forward": "attention_backward attention_tiles launch registration",
     "attention_tiles": "",
-    "cross_entropy": "launch registration",
-    "embedding": "launch registration",
-    "epilogue": "gelu launch matmul registration",
-    "gelu": "launch registration",
+    "embeddings": "launch registration",
+    "epilogue": "launch matmul registration tanh_gelu",
     "launch": "",
-    "layer_norm": "launch registration",
+    "layernorm": "launch registration",
+    "loss": "launch registration",
     "matmul": "",
-    "mlp": "gelu",
+    "projections": "tanh_gelu",
     "registration": "launch",
+    "tanh_gelu": "launch registration",
 }
 
 EXTERNAL = {"reference": {"torch"}, "ops": {"torch"}, "model": {"torch"}, "errors": set()}  # where that matters

@@ -1,20 +1,17 @@
-"""The backward of attention in one pass, chosen by hand: launch.attention_one_pass chooses for test_attention.py."""
+"""The backward of attention in one pass, chosen by hand; in test_attention_forward.py launch chooses."""
 
-import importlib
 from functools import partial
 
 import pytest
 import torch
 
-from gpt2fast.kernels import flash_attention, launch
+from gpt2fast.kernels import attention_forward, flash_attention, launch
 from tests.tools import attention as both
 from tests.tools.accuracy import outputs_and_gradients
 from tests.tools.attention import Shape, check, qkv
 from tests.tools.inputs import DTYPES
 
 pytestmark = pytest.mark.kernel
-
-attention = importlib.import_module("gpt2fast.kernels.attention")  # gpt2fast.kernels.attention is the function
 
 # Tiles have 64 queries and 128 keys, and the interpreter has 2 processors
 SHAPES = both.SHAPES | {
@@ -96,5 +93,5 @@ def test_the_rule_is_asked(one, device, monkeypatch):
     """Kernels that are not to run are taken away."""
     monkeypatch.setattr(launch, "attention_one_pass", lambda *_: one)
     for name in ("dq", "dkdv") if one else ("",):
-        monkeypatch.delattr(attention, f"_attention_bwd_{name}_kernel".replace("__", "_"))
+        monkeypatch.delattr(attention_forward, f"_attention_bwd_{name}_kernel".replace("__", "_"))
     gradients(qkv(Shape(1, 1, 8, 8, 16), torch.float16, device))

@@ -15,8 +15,7 @@ import sys
 import torch
 from tests.tools import interpreter
 interpreter.repair()
-import importlib
-from gpt2fast import kernels
+from gpt2fast.kernels import attention_decode, attention_forward, layernorm, loss, tanh_gelu
 
 def rows(n, D, seed, dtype=torch.float16):
     "n rows of D random numbers, 2^30 elements apart"
@@ -27,16 +26,13 @@ def rows(n, D, seed, dtype=torch.float16):
 def near(got, want):
     torch.testing.assert_close(got.float(), want.float(), rtol=2e-3, atol=2e-3)
 
-def file(name):
-    return importlib.import_module("gpt2fast.kernels." + name)
-
 """
 
 STRIDED = {
     "attention": """
 q, k, v, do = (rows(4, 16, seed)[None, None] for seed in range(4))
 near_q, near_k, near_v, near_do = (x.contiguous() for x in (q, k, v, do))
-a, b = file("attention").flash_attention_fwd, file("attention").flash_attention_bwd
+a, b = attention_forward.flash_attention_fwd, attention_forward.flash_attention_bwd
 o, lse = a(q, k, v, True, 0.25)
 near(o, a(near_q, near_k, near_v, True, 0.25)[0])
 for far, close in zip(b(do, q, k, v, o, lse, True, 0.25), b(near_do, near_q, near_k, near_v, o, lse, True, 0.25)):
@@ -48,7 +44,7 @@ q, k, v, do = (torch.empty(3 * 2**30 + 48, dtype=torch.float16)
 for seed, x in enumerate((q, k, v, do)):
     x.copy_(torch.randn(2, 2, 3, 16, generator=torch.Generator().manual_seed(seed)))
 near_q, near_k, near_v, near_do = (x.contiguous() for x in (q, k, v, do))
-a, b = file("attention").flash_attention_fwd, file("attention").flash_attention_bwd
+a, b = attention_forward.flash_attention_fwd, attention_forward.flash_attention_bwd
 o, lse = a(q, k, v, True, 0.25)
 near(o, a(near_q, near_k, near_v, True, 0.25)[0])
 for far, close in zip(b(do, q, k, v, o, lse, True, 0.25), b(near_do, near_q, near_k, near_v, o, lse, True, 0.25)):
@@ -56,10 +52,9 @@ for far, close in zip(b(do, q, k, v, o, lse, True, 0.25), b(near_do, near_q, nea
 """,
     "cross-entropy": """
 x, targets = rows(4, 40, 0), torch.tensor([3, 9, -100, 39])
-ce = file("cross_entropy")
-near(ce.cross_entropy_fwd(x, targets, 40, -100), torch.nn.functional.cross_entropy(x.float(), targets))
-want = ce.cross_entropy_fwd_grad(x.contiguous(), targets, 40, -100)
-near(ce.cross_entropy_fwd_grad_(x, targets, 40, -100)[0], want[0])
+near(loss.cross_entropy_fwd(x, targets, 40, -100), torch.nn.functional.cross_entropy(x.float(), targets))
+want = loss.cross_entropy_fwd_grad(x.contiguous(), targets, 40, -100)
+near(loss.cross_entropy_fwd_grad_(x, targets, 40, -100)[0], want[0])
 near(x, want[1])
 """,
 }
@@ -70,15 +65,15 @@ n, BLOCK = 2**31 + 1024, 1024
 x, o = torch.empty(n, dtype=torch.float16), torch.empty(n, dtype=torch.float16)
 x[-1024:] = torch.randn(1024)
 with interpreter.only_program(n // BLOCK - 1):
-    file("gelu")._gelu_fwd_kernel[(1,)](x_ptr=x, o_ptr=o, n=n, BLOCK=BLOCK)
+    tanh_gelu._gelu_fwd_kernel[(1,)](x_ptr=x, o_ptr=o, n=n, BLOCK=BLOCK)
 want = torch.nn.functional.gelu(x[-1024:].float(), approximate="tanh")
 near(o[-1024:], want)
 with interpreter.only_program(n // BLOCK - 1):
-    file("gelu")._gelu_bwd_kernel[(1,)](do_ptr=x, x_ptr=x, dx_ptr=o, n=n, BLOCK=BLOCK)
+    tanh_gelu._gelu_bwd_kernel[(1,)](do_ptr=x, x_ptr=x, dx_ptr=o, n=n, BLOCK=BLOCK)
 leaf = x[-1024:].float().requires_grad_()
 near(o[-1024:], torch.autograd.grad(torch.nn.functional.gelu(leaf, approximate="tanh"), leaf, x[-1024:].float())[0])
 with interpreter.only_program(n // BLOCK - 1):
-    file("cross_entropy")._scale_kernel[(1,)](
+    loss._scale_kernel[(1,)](
         x_ptr=x, o_ptr=x, factor_ptr=torch.tensor(3.0), n=n, PROGRAMS=10**6, IN_PLACE=True, BLOCK=BLOCK)
 near(torch.nn.functional.gelu(x[-1024:].float() / 3, approximate="tanh"), want)
 """,
@@ -90,11 +85,11 @@ leaf, leaf_b = x[-8:, -256:].float().requires_grad_(), b[-256:].float().requires
 want = torch.nn.functional.gelu(leaf + leaf_b, approximate="tanh")
 last = M // 8 * 4 - 1
 with interpreter.only_program(last):
-    file("gelu")._bias_gelu_fwd_kernel[(1,)](x_ptr=x, b_ptr=b, o_ptr=o, M=M, N=N, BLOCK_M=8, BLOCK_N=256)
+    tanh_gelu._bias_gelu_fwd_kernel[(1,)](x_ptr=x, b_ptr=b, o_ptr=o, M=M, N=N, BLOCK_M=8, BLOCK_N=256)
 near(o[-8:, -256:], want)
 db = torch.empty(M // 8, N)
 with interpreter.only_program(last):
-    file("gelu")._bias_gelu_bwd_kernel[(1,)](
+    tanh_gelu._bias_gelu_bwd_kernel[(1,)](
         do_ptr=x, x_ptr=x, b_ptr=b, dx_ptr=o, db_ptr=db, M=M, N=N, PARTS=M // 8, BLOCK_M=8, BLOCK_N=256)
 dx, dleaf_b = torch.autograd.grad(want, [leaf, leaf_b], x[-8:, -256:].float())
 near(o[-8:, -256:], dx)
@@ -110,7 +105,7 @@ for x in (k, v, qkv):
 from gpt2fast import reference
 want = reference.cached_attention(qkv[-1:], k[-1:].clone(), v[-1:].clone(), position[-1:], H)
 with interpreter.only_program(B * H - 1):
-    file("attention_decode")._cached_attention_kernel[(1,)](
+    attention_decode._cached_attention_kernel[(1,)](
         qkv_ptr=qkv, k_cache_ptr=k, v_cache_ptr=v, position_ptr=position, o_ptr=o, H=H, S=S, D=D,
         qk_scale=D**-0.5 * 1.4426950408889634, BLOCK_N=16, BLOCK_D=D, NUM_STAGES=1)
 near(o[-1, D:], want[0, D:])
@@ -123,7 +118,7 @@ x[-2:] = torch.randn(2, N)
 mean, rstd = torch.empty(M), torch.empty(M)
 leaf = x[-2:].float().requires_grad_()
 want = torch.nn.functional.layer_norm(leaf, (N,), w, w)
-kernel = file("layer_norm")._layer_norm_fwd_kernel
+kernel = layernorm._layer_norm_fwd_kernel
 for y, s in ((None, None), (torch.empty_like(o), torch.empty_like(o))):
     if y is not None:
         y[-2:] = 0
@@ -133,7 +128,7 @@ for y, s in ((None, None), (torch.empty_like(o), torch.empty_like(o))):
     near(o[-2:], want)
 dw, db = torch.empty(M // 2, N), torch.empty(M // 2, N)
 with interpreter.only_program(M // 2 - 1):
-    file("layer_norm")._layer_norm_bwd_kernel[(1,)](
+    layernorm._layer_norm_bwd_kernel[(1,)](
         ds_ptr=None, do_ptr=x, s_ptr=x, w_ptr=w, dx_ptr=o, dy_ptr=None, dw_ptr=dw, db_ptr=db, mean_ptr=mean,
         rstd_ptr=rstd, M=M, N=N, PROGRAMS=M // 2, HAS_RESIDUAL=False, WRITE_DY=False, BLOCK_M=2, BLOCK_N=N,
         NUM_STAGES=1)

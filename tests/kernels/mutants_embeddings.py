@@ -1,4 +1,4 @@
-"""Faults planted in kernels/embedding.py, each with the test that must catch it."""
+"""Faults planted in kernels/embeddings.py, each with the test that must catch it."""
 
 from tests.tools.mutation import Mutant
 

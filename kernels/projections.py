@@ -9,7 +9,7 @@ Traffic   The first bias is added by the GELU kernel, not by the matmul: its gra
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2fast.kernels.gelu import bias_gelu
+from gpt2fast.kernels.tanh_gelu import bias_gelu
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Faults planted in kernels/mlp.py, each with the test that must catch it."""
+"""Faults planted in kernels/projections.py, each with the test that must catch it."""
 
 from tests.tools.mutation import Mutant
 

@@ -1,4 +1,4 @@
-"""Faults planted in kernels/attention.py, each with the test that must catch it."""
+"""Faults planted in kernels/attention_forward.py, each with the test that must catch it."""
 
 from tests.tools.mutation import Mutant
 

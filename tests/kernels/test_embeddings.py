@@ -1,18 +1,14 @@
 """Token + position embedding against torch, forward and backward: for all bits of a sum in any order."""
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
 from gpt2fast import reference
-from gpt2fast.kernels import embedding
+from gpt2fast.kernels import embedding, launch
+from gpt2fast.kernels.embeddings import LONG, embedding_bwd, embedding_fwd
 from tests.tools.accuracy import Results, assert_as_accurate, assert_kernel_is_as_accurate, outputs_and_gradients
 from tests.tools.inputs import DTYPES, LAYOUTS, normal
-
-file = importlib.import_module("gpt2fast.kernels.embedding")  # whose name the function has in the package
-LONG, embedding_bwd, embedding_fwd = file.LONG, file.embedding_bwd, file.embedding_fwd
 
 pytestmark = pytest.mark.kernel
 
@@ -158,7 +154,7 @@ def test_a_token_outside_the_vocabulary_is_nan_and_no_address(token, device):
 
 def test_each_word_is_listed_once_and_each_position_stands_in_its_bucket(device, monkeypatch):
     """More programs than one count and scatter."""
-    monkeypatch.setattr(file.launch, "elementwise", lambda: 64)
+    monkeypatch.setattr(launch, "elementwise", lambda: 64)
     idx = tokens(5, 77, 9, device) // 4
     do = normal(5, 77, 16, device=device)
     truth, dwte = rows_of(do, idx, 20)

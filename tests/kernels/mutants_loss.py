@@ -1,4 +1,4 @@
-"""Faults planted in kernels/cross_entropy.py, each with the test that must catch it."""
+"""Faults planted in kernels/loss.py, each with the test that must catch it."""
 
 from tests.tools.mutation import Mutant
 
