@@ -39,13 +39,13 @@ from gpt2fast.errors import UserError
 from gpt2fast.files.atomic import write_atomic
 from gpt2fast.kernels import launch, registration
 from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm
-from gpt2fast.kernels.attention import attention_bwd, attention_fwd
 from gpt2fast.kernels.attention_decode import cached_attention_
-from gpt2fast.kernels.cross_entropy import cross_entropy_fwd, cross_entropy_fwd_grad_, scale_, scaled
-from gpt2fast.kernels.embedding import embedding_bwd, embedding_fwd
+from gpt2fast.kernels.attention_forward import attention_bwd, attention_fwd
+from gpt2fast.kernels.embeddings import embedding_bwd, embedding_fwd
 from gpt2fast.kernels.epilogue import linear_gelu_bwd, linear_gelu_fwd
-from gpt2fast.kernels.gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_bwd, gelu_fwd
-from gpt2fast.kernels.layer_norm import add_layer_norm_bwd, add_layer_norm_fwd, layer_norm_bwd, layer_norm_fwd
+from gpt2fast.kernels.layernorm import add_layer_norm_bwd, add_layer_norm_fwd, layer_norm_bwd, layer_norm_fwd
+from gpt2fast.kernels.loss import cross_entropy_fwd, cross_entropy_fwd_grad_, scale_, scaled
+from gpt2fast.kernels.tanh_gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_bwd, gelu_fwd
 
 MAX_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block
 PROCESSORS = 128  # about what such cards have

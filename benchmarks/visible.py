@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from gpt2fast.kernels import registration
 
-FILES = ("gelu", "layer_norm")
+FILES = ("tanh_gelu", "layernorm")
 NAMESPACE = "gpt2fast_visible"
 
 

@@ -26,8 +26,8 @@ Implementation = Literal["torch", "compiled", "triton"]  # compiled: torch.compi
 MLPImplementation = Literal[Implementation, "epilogue"]  # epilogue: bias and GELU in Triton's own matmuls
 Backend = Literal["auto", "torch", "triton"]
 TRITON = "triton", "epilogue"  # what needs Triton
-HEAD_DIMENSIONS = 16, 256  # of kernels/attention.py
-MAX_WIDTH = 16384  # of kernels/layer_norm.py
+HEAD_DIMENSIONS = 16, 256  # of kernels/attention_forward.py
+MAX_WIDTH = 16384  # of kernels/layernorm.py
 
 
 @dataclass(frozen=True, kw_only=True)

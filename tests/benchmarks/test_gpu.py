@@ -153,17 +153,17 @@ def test_the_tests_stage_runs_each_file_with_kernels_and_counts(tmp_path, monkey
         assert module == "pytest"
         assert "gpu or kernel" in args
         log.write_text(
-            "1 failed, 3 passed in 1.2s" if args[-1].name == "test_gelu.py" else "2 passed, 1 skipped in 1.2s"
+            "1 failed, 3 passed in 1.2s" if args[-1].name == "test_tanh_gelu.py" else "2 passed, 1 skipped in 1.2s"
         )
-        return {"status": "failed" if args[-1].name == "test_gelu.py" else "ok", "seconds": 1.0}
+        return {"status": "failed" if args[-1].name == "test_tanh_gelu.py" else "ok", "seconds": 1.0}
 
     monkeypatch.setattr(harness, "run_apart", run_apart)
     with pytest.raises(SystemExit):
         gpu.gpu_tests(options(tmp_path, limit=60.0), CPU)
     counts = {row["file"].rpartition("/")[2]: (row["passed"], row.get("failed", 0)) for row in rows_of(tmp_path)}
-    assert counts["test_gelu.py"] == (3, 1)
-    assert {"test_attention.py", "test_layer_norm.py", "test_cross_entropy.py", "test_every_kernel.py"} <= set(counts)
-    assert "test_gelu.py" in gpu.summary(tmp_path / "gpu.jsonl")
+    assert counts["test_tanh_gelu.py"] == (3, 1)
+    assert {"test_attention_forward.py", "test_layernorm.py", "test_loss.py", "test_every_kernel.py"} <= set(counts)
+    assert "test_tanh_gelu.py" in gpu.summary(tmp_path / "gpu.jsonl")
 
 
 def test_the_stages_hand_on_what_they_are_given(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import aot, visible
 from gpt2fast import kernels
 
-gelu, norm = (sys.modules["gpt2fast.kernels." + name] for name in ("gelu", "layer_norm"))
+gelu, norm = (sys.modules["gpt2fast.kernels." + name] for name in ("tanh_gelu", "layernorm"))
 graphs = []
 
 def keep(graph, inputs):

@@ -21,12 +21,12 @@ def planted_in(tests: set[str]) -> set[str]:
 
 
 def test_a_kernel_has_its_mutants_and_what_holds_for_all_kernels():
-    tests = found("kernels/gelu.py")
-    assert planted_in(tests) == {"kernels/gelu.py"}
-    assert len([test for test in tests if test.startswith(MUTANTS)]) == len(planted()["kernels/gelu.py"])
+    tests = found("kernels/tanh_gelu.py")
+    assert planted_in(tests) == {"kernels/tanh_gelu.py"}
+    assert len([test for test in tests if test.startswith(MUTANTS)]) == len(planted()["kernels/tanh_gelu.py"])
     files = {test for test in tests if not test.startswith(MUTANTS)}
     assert files == {
-        "tests/kernels/test_gelu.py", "tests/kernels/test_every_kernel.py", "tests/model/test_backends.py",
+        "tests/kernels/test_tanh_gelu.py", "tests/kernels/test_every_kernel.py", "tests/model/test_backends.py",
         "tests/benchmarks/test_aot.py",
     }  # fmt: skip
 

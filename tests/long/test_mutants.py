@@ -22,5 +22,6 @@ def test_it_is_caught(module, mutant):
 
 def test_a_harmless_change_survives_and_one_of_nothing_is_told():
     harmless = Mutant("F.linear(x, fc_w)", "F.linear(x, fc_w, None)", "nothing", "test_as_accurate_as_torch")
-    assert "survived tests/kernels/test_mlp.py::test_as" in mutation.survives("kernels/mlp.py", harmless)
-    assert "has no 'not there'" in mutation.survives("kernels/mlp.py", harmless._replace(old="not there"))
+    path = "kernels/projections.py"
+    assert "survived tests/kernels/test_projections.py::test_as" in mutation.survives(path, harmless)
+    assert "has no 'not there'" in mutation.survives(path, harmless._replace(old="not there"))

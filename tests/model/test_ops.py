@@ -153,8 +153,8 @@ def test_only_triton_ops_are_interpreted(monkeypatch):
 
 
 def test_sizes_that_a_kernel_cannot_take_are_refused():
-    from gpt2fast.kernels.attention import D_RANGE
-    from gpt2fast.kernels.layer_norm import MAX_N
+    from gpt2fast.kernels.attention_forward import D_RANGE
+    from gpt2fast.kernels.layernorm import MAX_N
 
     assert (ops.HEAD_DIMENSIONS, ops.MAX_WIDTH) == (D_RANGE, MAX_N)
     triton = OpsConfig().with_backend("triton")
