@@ -19,7 +19,7 @@ Traffic   of L2, a head of T=1024, D=64, causal, bf16, 128 keys in a tile: 4608 
 import triton
 import triton.language as tl
 
-from gpt2fast.kernels.attention_tiles import _load, _query_range, _store, _visible
+from gpt2fast.kernels.attention_tiles import is_visible, load_rows, query_range, store_rows
 
 
 @triton.jit
@@ -49,13 +49,13 @@ def _query_tiles(
     offs_n = first + tl.arange(0, BLOCK_N)
     for start in tl.range(lo, hi, BLOCK_M, disable_licm=True):
         offs_m = start + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, offs_m, stride_qt, T_q, D, True, BLOCK_D)
-        do = _load(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
+        q = load_rows(q_ptr, offs_m, stride_qt, T_q, D, True, BLOCK_D)
+        do = load_rows(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < T_q, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed, as the dots want it
         p = tl.exp2(tl.fma(s, qk_scale, -lse[None, :]))
         if MASKED:
-            p = tl.where(_visible(offs_m[None, :], offs_n[:, None], T_q, T_k, CAUSAL), p, 0.0)
+            p = tl.where(is_visible(offs_m[None, :], offs_n[:, None], T_q, T_k, CAUSAL), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < T_q, other=0.0)
@@ -70,7 +70,7 @@ def _query_tiles(
         if CAUSAL:
             seen = tl.minimum(T_k, start + BLOCK_M + T_k - T_q)
         if MASKED and seen <= first + BLOCK_N:
-            _store(dq_ptr, tl.trans(dq * scale), offs_m, stride_dqt, T_q, D, BLOCK_D)
+            store_rows(dq_ptr, tl.trans(dq * scale), offs_m, stride_dqt, T_q, D, BLOCK_D)
         else:
             tl.store(sum_ptrs, _to_scratch(dq, BLOCK_M, BLOCK_D), cache_modifier=".cg")
     return dk, dv
@@ -84,12 +84,12 @@ def _rows_alone(
     """What needs no keys: delta, and dq of the query tiles that see none, and that no key tile visits."""
     for start in tl.range(0, T_q, BLOCK_M, disable_licm=True):
         offs_m = start + tl.arange(0, BLOCK_M)
-        o = _load(o_ptr, offs_m, stride_ot, T_q, D, True, BLOCK_D)
-        do = _load(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
+        o = load_rows(o_ptr, offs_m, stride_ot, T_q, D, True, BLOCK_D)
+        do = load_rows(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
         tl.store(delta_ptr + offs_m, tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1), mask=offs_m < T_q)
         if CAUSAL and start + BLOCK_M + T_k - T_q <= 0:
             none = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-            _store(dq_ptr, none, offs_m, stride_dqt, T_q, D, BLOCK_D)
+            store_rows(dq_ptr, none, offs_m, stride_dqt, T_q, D, BLOCK_D)
 
 
 @triton.jit
@@ -118,11 +118,11 @@ def _attention_bwd_kernel(
         for first in tl.range(0, T_k, BLOCK_N, disable_licm=True):
             tl.debug_barrier()  # delta and the scratch are read by other threads of the program than wrote them
             offs_n = first + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr + b * stride_kb + h * stride_kh, offs_n, stride_kt, T_k, D, True, BLOCK_D)
-            v = _load(v_ptr + b * stride_vb + h * stride_vh, offs_n, stride_vt, T_k, D, True, BLOCK_D)
+            k = load_rows(k_ptr + b * stride_kb + h * stride_kh, offs_n, stride_kt, T_k, D, True, BLOCK_D)
+            v = load_rows(v_ptr + b * stride_vb + h * stride_vh, offs_n, stride_vt, T_k, D, True, BLOCK_D)
             dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
             dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-            lo, full = _query_range(first, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
+            lo, full = query_range(first, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
             if first + BLOCK_N >= T_k:  # p of keys that are zeros is exp(-lse), maybe infinite: 0 * inf is NaN in dq
                 full = tl.cdiv(T_q, BLOCK_M) * BLOCK_M
             dk, dv = _query_tiles(
@@ -136,6 +136,6 @@ def _attention_bwd_kernel(
                 D, False, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             dk_rows, dv_rows = dk_ptr + b * stride_dkb + h * stride_dkh, dv_ptr + b * stride_dvb + h * stride_dvh
-            _store(dk_rows, dk * scale, offs_n, stride_dkt, T_k, D, BLOCK_D)
-            _store(dv_rows, dv, offs_n, stride_dvt, T_k, D, BLOCK_D)
+            store_rows(dk_rows, dk * scale, offs_n, stride_dkt, T_k, D, BLOCK_D)
+            store_rows(dv_rows, dv, offs_n, stride_dvt, T_k, D, BLOCK_D)
         tl.debug_barrier()  # the next head's sums go where the last were read

@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(ptr, offs_t, stride_t, T, D: tl.constexpr, MASK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(ptr, offs_t, stride_t, T, D: tl.constexpr, MASK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows offs_t of a head: (BLOCK, BLOCK_D), zero beyond T (if MASK_T) and beyond D."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
@@ -25,7 +25,7 @@ def _load(ptr, offs_t, stride_t, T, D: tl.constexpr, MASK_T: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _store(ptr, value, offs_t, stride_t, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(ptr, value, offs_t, stride_t, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_t < T)[:, None]
     if D < BLOCK_D:
@@ -35,7 +35,7 @@ def _store(ptr, value, offs_t, stride_t, T, D: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
-def _visible(offs_m, offs_n, T_q, T_k, CAUSAL: tl.constexpr):
+def is_visible(offs_m, offs_n, T_q, T_k, CAUSAL: tl.constexpr):
     """Of queries offs_m and keys offs_n, shaped to broadcast."""
     visible = offs_n < T_k
     if CAUSAL:
@@ -64,10 +64,10 @@ def _softmax_tiles(
     """Online softmax over keys lo .. hi - 1: the new acc (BLOCK_M, BLOCK_D), l and m (BLOCK_M,)."""
     for start in range(lo, hi, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, offs_n, stride_kt, T_k, D, MASKED, BLOCK_D)
+        k = load_rows(k_ptr, offs_n, stride_kt, T_k, D, MASKED, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if MASKED:
-            s = tl.where(_visible(offs_m[:, None], offs_n[None, :], T_q, T_k, CAUSAL), s, float("-inf"))
+            s = tl.where(is_visible(offs_m[:, None], offs_n[None, :], T_q, T_k, CAUSAL), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)
         base = m_new
         if MASKED:  # a row that has seen nothing yet: -inf - -inf would be NaN
@@ -75,7 +75,7 @@ def _softmax_tiles(
         p = tl.exp2(tl.fma(s, qk_scale, -base[:, None]))
         alpha = tl.exp2(m - base)
         l = l * alpha + tl.sum(p, axis=1)
-        v = _load(v_ptr, offs_n, stride_vt, T_k, D, MASKED, BLOCK_D)
+        v = load_rows(v_ptr, offs_n, stride_vt, T_k, D, MASKED, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
     return acc, l, m
@@ -96,7 +96,7 @@ def _attention_fwd_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     offs_m = first + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qt, T_q, D, True, BLOCK_D)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qt, T_q, D, True, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     l = tl.zeros((BLOCK_M,), dtype=tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -110,7 +110,7 @@ def _attention_fwd_kernel(
         D, True, CAUSAL, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     o = acc / tl.where(l == 0, 1.0, l)[:, None]  # l is 0 only where nothing was visible
-    _store(o_ptr + b * stride_ob + h * stride_oh, o, offs_m, stride_ot, T_q, D, BLOCK_D)
+    store_rows(o_ptr + b * stride_ob + h * stride_oh, o, offs_m, stride_ot, T_q, D, BLOCK_D)
     tl.store(lse_ptr + bh.to(tl.int64) * T_q + offs_m, m + tl.log2(l), mask=offs_m < T_q)
 
 
@@ -123,12 +123,12 @@ def _dq_tiles(
     """dq / scale (BLOCK_M, BLOCK_D), plus what keys lo .. hi - 1 contribute."""
     for start in range(lo, hi, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, offs_n, stride_kt, T_k, D, MASKED, BLOCK_D)
-        v = _load(v_ptr, offs_n, stride_vt, T_k, D, MASKED, BLOCK_D)
+        k = load_rows(k_ptr, offs_n, stride_kt, T_k, D, MASKED, BLOCK_D)
+        v = load_rows(v_ptr, offs_n, stride_vt, T_k, D, MASKED, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         p = tl.exp2(tl.fma(s, qk_scale, -lse[:, None]))
         if MASKED:
-            p = tl.where(_visible(offs_m[:, None], offs_n[None, :], T_q, T_k, CAUSAL), p, 0.0)
+            p = tl.where(is_visible(offs_m[:, None], offs_n[None, :], T_q, T_k, CAUSAL), p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -151,9 +151,9 @@ def _attention_bwd_dq_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     offs_m = first + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qt, T_q, D, True, BLOCK_D)
-    do = _load(do_ptr + b * stride_dob + h * stride_doh, offs_m, stride_dot, T_q, D, True, BLOCK_D)
-    o = _load(o_ptr + b * stride_ob + h * stride_oh, offs_m, stride_ot, T_q, D, True, BLOCK_D)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qt, T_q, D, True, BLOCK_D)
+    do = load_rows(do_ptr + b * stride_dob + h * stride_doh, offs_m, stride_dot, T_q, D, True, BLOCK_D)
+    o = load_rows(o_ptr + b * stride_ob + h * stride_oh, offs_m, stride_ot, T_q, D, True, BLOCK_D)
     row = bh.to(tl.int64) * T_q + offs_m
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     tl.store(delta_ptr + row, delta, mask=offs_m < T_q)
@@ -168,11 +168,11 @@ def _attention_bwd_dq_kernel(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, full, end, offs_m, T_q, T_k, qk_scale,
         D, True, CAUSAL, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    _store(dq_ptr + b * stride_dqb + h * stride_dqh, dq * scale, offs_m, stride_dqt, T_q, D, BLOCK_D)
+    store_rows(dq_ptr + b * stride_dqb + h * stride_dqh, dq * scale, offs_m, stride_dqt, T_q, D, BLOCK_D)
 
 
 @triton.jit
-def _query_range(first, T_q, T_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_range(first, T_q, T_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """For keys first .. first + BLOCK_N - 1: queries [lo, full) are in tiles with a mask, [full, T_q) see all of the
     keys. Keys beyond T_k are zeros, whose gradients are not stored: they need no mask."""
     lo = 0
@@ -193,14 +193,14 @@ def _dkdv_tiles(
     and so is their do: they contribute nothing."""
     for start in range(lo, hi, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, offs_m, stride_qt, T_q, D, True, BLOCK_D)
-        do = _load(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
+        q = load_rows(q_ptr, offs_m, stride_qt, T_q, D, True, BLOCK_D)
+        do = load_rows(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < T_q, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < T_q, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed, as the dots want it
         p = tl.exp2(tl.fma(s, qk_scale, -lse[None, :]))
         if MASKED:
-            p = tl.where(_visible(offs_m[None, :], offs_n[:, None], T_q, T_k, CAUSAL), p, 0.0)
+            p = tl.where(is_visible(offs_m[None, :], offs_n[:, None], T_q, T_k, CAUSAL), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -226,11 +226,11 @@ def _attention_bwd_dkdv_kernel(
     lse_ptr += bh.to(tl.int64) * T_q
     delta_ptr += bh.to(tl.int64) * T_q
     offs_n = first + tl.arange(0, BLOCK_N)
-    k = _load(k_ptr + b * stride_kb + h * stride_kh, offs_n, stride_kt, T_k, D, True, BLOCK_D)
-    v = _load(v_ptr + b * stride_vb + h * stride_vh, offs_n, stride_vt, T_k, D, True, BLOCK_D)
+    k = load_rows(k_ptr + b * stride_kb + h * stride_kh, offs_n, stride_kt, T_k, D, True, BLOCK_D)
+    v = load_rows(v_ptr + b * stride_vb + h * stride_vh, offs_n, stride_vt, T_k, D, True, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    lo, full = _query_range(first, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
+    lo, full = query_range(first, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
     dk, dv = _dkdv_tiles(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, lo, full, offs_n, T_q, T_k,
         qk_scale, D, True, CAUSAL, PRECISION, BLOCK_M, BLOCK_D,
@@ -239,5 +239,5 @@ def _attention_bwd_dkdv_kernel(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, full, T_q, offs_n, T_q, T_k,
         qk_scale, D, False, CAUSAL, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
-    _store(dk_ptr + b * stride_dkb + h * stride_dkh, dk * scale, offs_n, stride_dkt, T_k, D, BLOCK_D)
-    _store(dv_ptr + b * stride_dvb + h * stride_dvh, dv, offs_n, stride_dvt, T_k, D, BLOCK_D)
+    store_rows(dk_ptr + b * stride_dkb + h * stride_dkh, dk * scale, offs_n, stride_dkt, T_k, D, BLOCK_D)
+    store_rows(dv_ptr + b * stride_dvb + h * stride_dvh, dv, offs_n, stride_dvt, T_k, D, BLOCK_D)

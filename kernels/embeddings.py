@@ -159,7 +159,7 @@ def embedding_fwd(wte: Tensor, wpe: Tensor, idx: Tensor, dtype: torch.dtype) -> 
     (V, C), (B, T) = wte.shape, idx.shape
     o = wte.new_empty((B, T, C), dtype=dtype)
     if o.numel():
-        rows = launch.embedding_rows()
+        rows = launch.elementwise_rows()
         grid = (triton.cdiv(B * T, rows.BLOCK_M) * triton.cdiv(C, rows.BLOCK_N),)
         _embedding_fwd_kernel[grid](
             wte_ptr=wte.contiguous(), wpe_ptr=wpe.contiguous(), idx_ptr=idx.contiguous(), o_ptr=o, M=B * T, T=T, V=V,

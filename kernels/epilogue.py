@@ -43,13 +43,13 @@ from gpt2fast.kernels.matmul import (
     tma_can_reach,
 )
 from gpt2fast.kernels.registration import autocast, check_shape, check_tensors, dot_precision, op
-from gpt2fast.kernels.tanh_gelu import THREE_CUBIC, TWO_SQRT_2_OVER_PI, _z
+from gpt2fast.kernels.tanh_gelu import THREE_CUBIC, TWO_SQRT_2_OVER_PI, gelu_z
 
 
 @triton.jit
 def _gelu_and_grad(x):
     """As in tanh_gelu.py, but both sigmoids share one exponential and one reciprocal instead of two of each."""
-    z = _z(x)
+    z = gelu_z(x)
     e = tl.exp(-tl.abs(z))
     large = 1 / (1 + e)
     small = e * large

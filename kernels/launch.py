@@ -112,8 +112,9 @@ def adamw_chunk(norm: bool = False) -> Chunk:
     return Chunk(4096, 2048, 4) if norm else Chunk(4096, 512, 4)
 
 
-def bias_rows() -> Rows:
-    """Columns divide 4 C of every GPT-2, 6400 of XL among them."""
+def elementwise_rows() -> Rows:
+    """A tile of an elementwise kernel over a matrix: the bias and GELU, the embedding. 256 columns divide the 4 C of
+    every GPT-2, XL's 6400 too."""
     return Rows(256, 256, 4) if INTERPRETED else Rows(8, 256, 4)
 
 
@@ -132,11 +133,6 @@ LAYER_NORM_STAGES = 2
 def persistent(tiles: int, device: torch.device, per_processor: int = 4) -> int:
     """Programs of a persistent grid: enough to fill the device, and never more than there are tiles."""
     return max(1, min(tiles, per_processor * processors(device)))
-
-
-def embedding_rows() -> Rows:
-    """As bias_rows: elementwise, but for the address."""
-    return Rows(256, 256, 4) if INTERPRETED else Rows(8, 256, 4)
 
 
 def embedding_batch(B: int) -> Rows:

@@ -31,19 +31,19 @@ THREE_CUBIC = tl.constexpr(3 * 0.044715)
 
 
 @triton.jit
-def _z(x):
+def gelu_z(x):
     return x * TWO_SQRT_2_OVER_PI * (1 + x * x * CUBIC)
 
 
 @triton.jit
 def _gelu(x):
-    return x * tl.sigmoid(_z(x))
+    return x * tl.sigmoid(gelu_z(x))
 
 
 @triton.jit
 def _gelu_grad(x):
-    s = tl.sigmoid(_z(x))
-    return s + x * s * tl.sigmoid(-_z(x)) * (1 + x * x * THREE_CUBIC) * TWO_SQRT_2_OVER_PI
+    s = tl.sigmoid(gelu_z(x))
+    return s + x * s * tl.sigmoid(-gelu_z(x)) * (1 + x * x * THREE_CUBIC) * TWO_SQRT_2_OVER_PI
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def bias_gelu_fwd(x: Tensor, b: Tensor) -> Tensor:
     o = x.new_empty(x.shape)
     if x.numel():
         M, N = x.numel() // len(b), len(b)
-        rows = launch.bias_rows()
+        rows = launch.elementwise_rows()
         grid = (triton.cdiv(M, rows.BLOCK_M) * triton.cdiv(N, rows.BLOCK_N),)
         _bias_gelu_fwd_kernel[grid](x_ptr=x, b_ptr=b, o_ptr=o, M=M, N=N, **rows._asdict())
     return o
@@ -134,7 +134,7 @@ def bias_gelu_bwd(do: Tensor, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return dx, torch.zeros_like(b)
     M, N = x.numel() // len(b), len(b)
-    rows = launch.bias_rows()
+    rows = launch.elementwise_rows()
     column_blocks, tiles = triton.cdiv(N, rows.BLOCK_N), triton.cdiv(M, rows.BLOCK_M)
     parts = min(tiles, triton.cdiv(launch.persistent(tiles * column_blocks, x.device, 8), column_blocks))
     db = x.new_empty((parts, N), dtype=torch.float32)

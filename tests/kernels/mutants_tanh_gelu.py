@@ -4,7 +4,7 @@ from tests.tools.mutation import Mutant
 
 MUTANTS = [
     Mutant("x * x * CUBIC", "x * x * THREE_CUBIC", "another cubic term", "test_gelu"),
-    Mutant("tl.sigmoid(-_z(x))", "(1 - s * s)", "derivative of tanh instead of sigmoid", "test_gelu"),
+    Mutant("tl.sigmoid(-gelu_z(x))", "(1 - s * s)", "derivative of tanh instead of sigmoid", "test_gelu"),
     Mutant("mask=offs < n)", "mask=offs < n - 1)", "last element not written", "test_gelu"),
     Mutant("db += dx", "db += do", "db without GELU's derivative", "test_gelu_of_other_values"),
     Mutant("for tile in range(part,", "for tile in range(0,", "every program does all tiles", "test_bias_gelu"),
