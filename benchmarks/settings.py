@@ -61,7 +61,7 @@ def tunables(size: str = "gpt2") -> dict[str, Kernel]:
                {"per_processor": 4}),
         Kernel("LAYER_NORM_STAGES", "add_layer_norm", "backward", (1, 2, 3, 4)),
         Kernel("layer_norm_rows", "add_layer_norm", "forward", norms, {"backward": False}),
-        Kernel("bias_rows", "bias_gelu", "both",
+        Kernel("elementwise_rows", "bias_gelu", "both",
                [Rows(m, n, w) for m in (4, 8, 16, 32) for n in (128, 256, 512) for w in (4, 8)]),
         Kernel("head_budget", "linear_cross_entropy", "both", [2**n for n in (29, 30, 31, 32, 33)]),
         Kernel("adamw_chunk", "adamw", "forward",

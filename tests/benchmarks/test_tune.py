@@ -14,7 +14,7 @@ from gpt2fast.kernels import launch
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the interpreter")
-KERNEL = Kernel("bias_rows", "bias_gelu", "both", [launch.Rows(8, 64, 1), launch.Rows(16, 64, 1)])
+KERNEL = Kernel("elementwise_rows", "bias_gelu", "both", [launch.Rows(8, 64, 1), launch.Rows(16, 64, 1)])
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def test_the_fastest_right_setting_is_found_and_named_with_its_line(clock, optio
     assert tune.run([KERNEL], options, CPU) == 0
     rows = rows_of(options)
     assert [(row["settings"], row["ms"], row["default"], row["best"]) for row in rows] == [
-        (repr(launch.bias_rows()), 2.0, True, False),
+        (repr(launch.elementwise_rows()), 2.0, True, False),
         (repr(KERNEL.values[0]), 3.0, False, False),
         (repr(KERNEL.values[1]), 1.0, False, True),
     ]
     said = capsys.readouterr().out.splitlines()[-1]
     lines = Path(launch.__file__).read_text().splitlines()
-    number = lines.index("def bias_rows() -> Rows:") + 1
-    assert said.startswith(f"kernels/launch.py:{number} bias_rows: Rows(")
+    number = lines.index("def elementwise_rows() -> Rows:") + 1
+    assert said.startswith(f"kernels/launch.py:{number} elementwise_rows: Rows(")
     assert said.endswith("-> Rows(BLOCK_M=16, BLOCK_N=64, num_warps=1) (1.0000 ms, 2.0000 before)")
 
 
@@ -75,7 +75,7 @@ def test_a_setting_with_wrong_results_is_not_timed(clock, options, cases):
 
 def test_a_setting_that_does_not_compile_costs_its_own_row_only(clock, options):
     clock += [2.0, 1.0]
-    kernel = Kernel("bias_rows", "bias_gelu", "both", [launch.Rows(7, 64, 1), launch.Rows(16, 64, 1)])
+    kernel = Kernel("elementwise_rows", "bias_gelu", "both", [launch.Rows(7, 64, 1), launch.Rows(16, 64, 1)])
     assert tune.run([kernel], options, CPU) == 0
     rows = rows_of(options)
     assert [row["status"] == "ok" for row in rows] == [True, False, True]
@@ -85,10 +85,10 @@ def test_a_setting_that_does_not_compile_costs_its_own_row_only(clock, options):
 
 def test_what_failed_elsewhere_and_what_has_no_time_left_is_not_tried(clock, cases):
     clock += [2.0]
-    bad = {("bias_rows", repr(KERNEL.values[0])): "killed"}
+    bad = {("elementwise_rows", repr(KERNEL.values[0])): "killed"}
     rows = list(tune.tune(KERNEL, cases["bias_gelu"], bad, CPU, end=0.0))
     assert [row["status"] for row in rows] == ["ok", "killed", "no time left"]
-    assert all("bias_rows" in tune.describe(row) for row in rows)
+    assert all("elementwise_rows" in tune.describe(row) for row in rows)
 
 
 def test_what_this_shape_does_not_use_is_no_failure(options, capsys):
@@ -112,7 +112,7 @@ TINY = {
     "attention_forward": launch.Tiles(16, 16, 4, 1), "attention_dkdv": launch.Tiles(16, 16, 4, 1),
     "attention_dq": launch.Tiles(16, 16, 4, 1), "attention_backward": launch.Tiles(16, 16, 4, 1),
     "attention_one_pass": False, "cross_entropy_block": (2**15, 4), "persistent": PerProcessor(1),
-    "bias_rows": launch.Rows(16, 256, 4), "matmul_tiles": launch.MatmulTiles(32, 64, 32, 2, 4, 2),
+    "elementwise_rows": launch.Rows(16, 256, 4), "matmul_tiles": launch.MatmulTiles(32, 64, 32, 2, 4, 2),
     "MATMUL_PROGRAMS": 1, "head_budget": 2**21, "LAYER_NORM_STAGES": 1,
 }  # fmt: skip
 
@@ -155,13 +155,13 @@ def test_processes_that_compile_are_started_anew_after_a_crash(monkeypatch, tmp_
 
 
 def test_what_such_a_process_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "tunables", lambda size: {"bias_rows": KERNEL})
+    monkeypatch.setattr(tune, "tunables", lambda size: {"elementwise_rows": KERNEL})
     monkeypatch.setattr(tune, "COMPILE_TOKENS", 32)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     options = argparse.Namespace(seq_len=16, size="nano")
-    tune.compile_here([("bias_rows", repr(KERNEL.values[1]))], tmp_path / "rows", CPU, options)
+    tune.compile_here([("elementwise_rows", repr(KERNEL.values[1]))], tmp_path / "rows", CPU, options)
     row = json.loads((tmp_path / "rows").read_text())
-    assert (row["kernel"], row["settings"], row["status"]) == ("bias_rows", repr(KERNEL.values[1]), "ok")
+    assert (row["kernel"], row["settings"], row["status"]) == ("elementwise_rows", repr(KERNEL.values[1]), "ok")
 
 
 def test_without_a_gpu_it_says_so(run_module):
