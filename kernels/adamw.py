@@ -1,24 +1,24 @@
-"""AdamW for all parameters in one launch, behind a tiny one that counts the step; the norm of all gradients in one.
+"""AdamW for all parameters in one launch, after a tiny one that counts the step; the norm of all gradients in another.
 
-    g = dw / shorten,                         shorten = max(1, |all dw| / longest), from the device: nobody waits
+    g = dw / shorten,                         shorten = max(1, |all dw| / longest), on the device: the host never waits
     m += (1 - beta1) (g - m),                 v += (1 - beta2) (g^2 - v)
-    w -= lr decay w + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps),      copy = w rounded, where there is one
+    w -= lr decay w + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps),      copy = w rounded, if there is one
 
 Shapes    dw, m, v, w, copy of one parameter: the same, any, contiguous. m, v, w: fp32; dw: fp32, bf16 or fp16; copy:
           bf16 or fp16.
-Traffic   norm: read dw. Update: 28 bytes an element of a matrix of the blocks (dw bf16, m, v, w in; m, v, w, copy
-          bf16 out), 28 of the others (dw fp32, no copy). Of GPT-2 124M's 124.5M parameters 84.9M have copies:
-              norm 0.33 GB + update 3.49 GB = 3.81 GB, at 4.3 TB/s 0.89 ms.
-          PyTorch's: the blocks' gradients converted to fp32 (2 + 4), norm 4, fused AdamW 28, weights rounded (4 + 2):
-              0.51 + 0.50 + 3.49 + 0.51 = 5.00 GB, 1.16 ms, and 1 GB more each further micro-batch rounds its weights.
-Skipping  A step whose `shorten` is not finite (so |all dw| is not) is left out: nothing is written, no step counted,
-          and nobody asks the device. That is why t lies there, and what depends on it is computed there.
-Table     One row of numbers a tensor: the addresses, dtypes, length. Kernels get it from memory, so a launch takes
-          any number of tensors; a chunk of elements, a program's share, says which row and where. Addresses are
-          compared each step, on the host, and sent again when they have changed.
+Traffic   norm: read dw. Update: 28 bytes per element of a matrix of the blocks (dw bf16, m, v, w in; m, v, w, copy
+          bf16 out), 28 of the others (dw fp32, no copy). For GPT-2 124M, where 84.9M of 124.5M parameters have copies:
+              norm 0.33 GB + update 3.49 GB = 3.81 GB.
+          PyTorch: the blocks' gradients converted to fp32 (2 + 4), norm 4, fused AdamW 28, weights rounded (4 + 2):
+              0.51 + 0.50 + 3.49 + 0.51 = 5.00 GB, 1.3 times as much, and 1 GB for each further micro-batch.
+Skipping  A step whose `shorten` is not finite (because |all dw| is not) is skipped: nothing is written, no step is
+          counted, and the host need not know. So t is kept on the device, and what depends on it is computed there.
+Table     One row of numbers per tensor: the addresses, dtypes, length. Kernels read it from memory, so a launch takes
+          any number of tensors; each program takes a chunk, that is, a row and a place in its tensor. Addresses are
+          compared at each step, on the host, and sent again if they have changed.
 Numerics  fp32 inside, whatever the gradient's dtype. What depends on t is computed in float64. The decay
           is subtracted, not multiplied by 1 - lr decay, of which fp32 would keep 4 digits. Squares are summed in fp32,
-          in an order that only the sizes fix: the same bits every time.
+          in an order that depends only on the sizes: the same bits every time.
 Source    Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.
 """
 
@@ -32,8 +32,8 @@ from torch import Tensor
 from gpt2fast.kernels import launch
 from gpt2fast.kernels.registration import DTYPES, check_shape, check_tensors
 
-# columns of the table: addresses (0: there is none), dtypes as numbers in DTYPES, elements, and whether every address
-# is a multiple of 16
+# columns of the table: addresses (0: none), dtypes as indices into DTYPES, elements, and whether every address is a
+# multiple of 16
 G, M, V, W, COPY, STEP, G_DTYPE, COPY_DTYPE, SIZE, ALIGNED, COLUMNS = map(tl.constexpr, range(11))
 # columns of the numbers, float64: 1 - beta1, 1 - beta2, eps, lr decay, lr, log2 beta1, log2 beta2 from the host, and
 # from the device lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
@@ -44,7 +44,8 @@ FP32, BF16 = tl.constexpr(DTYPES.index(torch.float32)), tl.constexpr(DTYPES.inde
 
 @triton.jit
 def _pointers(address, dtype: tl.constexpr, start, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """WHOLE promises what an argument's address would tell the compiler, and 16 bytes are loaded at a time."""
+    """Return BLOCK pointers. WHOLE promises the alignment that the compiler would see in a kernel's argument, so that
+    16 bytes are loaded at a time."""
     pointer = address.to(tl.pointer_type(dtype)) + start
     return (tl.multiple_of(pointer, 16) if WHOLE else pointer) + tl.arange(0, BLOCK)
 
@@ -66,7 +67,7 @@ def _update(
     g_at, m_at, v_at, w_at, copy_at, g_dtype, copy_dtype, shorten, beta1, beta2, eps, decay, rate, correction,
     start, end, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Addresses, their dtypes, numbers; `beta1` and `beta2` are what they lack to 1."""
+    """Update elements start .. end - 1, given addresses, dtypes, numbers; `beta1`, `beta2` are 1 - beta1, 1 - beta2."""
     mask = (tl.arange(0, BLOCK) < (end - start).to(tl.int32)) | WHOLE
     m_ptrs = _pointers(m_at, tl.float32, start, BLOCK, WHOLE)
     v_ptrs = _pointers(v_at, tl.float32, start, BLOCK, WHOLE)
@@ -90,7 +91,7 @@ def _update(
 
 @triton.jit
 def _chunk(chunks_ptr, table_ptr, CHUNK: tl.constexpr):
-    """This program's tensor and its row, the first element, the one after the last, and whether addresses are even."""
+    """Return this program's tensor, its row, its first element, its end, and whether all addresses are aligned."""
     tensor = tl.load(chunks_ptr + 2 * tl.program_id(0)).to(tl.int64)
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     row_ptr = table_ptr + tensor * COLUMNS
@@ -100,7 +101,7 @@ def _chunk(chunks_ptr, table_ptr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _adamw_count_kernel(table_ptr, numbers_ptr, shorten_ptr, n, BLOCK: tl.constexpr):
-    """One step more of each of `n` tensors, unless it is left out, and the numbers that follow from it."""
+    """Count a step of each of `n` tensors, unless it is skipped, and compute the numbers that depend on it."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < n
     step_ptrs = tl.load(table_ptr + row * COLUMNS + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
@@ -111,7 +112,7 @@ def _adamw_count_kernel(table_ptr, numbers_ptr, shorten_ptr, n, BLOCK: tl.conste
     log2_beta1 = tl.load(numbers_ptrs + LOG2_BETA1, mask=mask, other=-1.0)
     log2_beta2 = tl.load(numbers_ptrs + LOG2_BETA2, mask=mask, other=-1.0)
     lr, t = tl.load(numbers_ptrs + LR, mask=mask, other=0.0), t.to(tl.float64)
-    mask = row < tl.where(counts, n, 0)  # of step 0 there are no such numbers
+    mask = row < tl.where(counts, n, 0)  # at step 0 they would be infinite
     tl.store(numbers_ptrs + RATE, lr / (1 - tl.exp2(t * log2_beta1)), mask=mask)
     tl.store(numbers_ptrs + CORRECTION, 1 / tl.sqrt(1 - tl.exp2(t * log2_beta2)), mask=mask)
 
@@ -132,7 +133,7 @@ def _adamw_kernel(table_ptr, chunks_ptr, numbers_ptr, shorten_ptr, CHUNK: tl.con
     eps, decay = _number(numbers_ptr, EPS), _number(numbers_ptr, DECAY)
     rate, correction = _number(numbers_ptr, RATE), _number(numbers_ptr, CORRECTION)
     shorten = tl.load(shorten_ptr)
-    end = tl.where(shorten < float("inf"), end, first)  # neither inf nor NaN: else the step is left out
+    end = tl.where(shorten < float("inf"), end, first)  # inf or NaN: the step is skipped
     for start in range(first, end, BLOCK):
         if aligned & (start + BLOCK <= end):
             _update(
@@ -165,7 +166,7 @@ Parameter = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
 
 class ParameterTable:
-    """What the kernels know of the parameters: a row each, on the device, and the map from programs to rows."""
+    """The parameters as the kernels see them: a row each, on the device, and the map from programs to rows."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -173,8 +174,8 @@ class ParameterTable:
         self.tensors = self.chunks = self.numbers = torch.empty(0, device=device)
 
     def refresh(self, parameters: Sequence[Parameter]) -> None:
-        """Rows of these, if they are not the same as before. ValueError on shapes, strides and devices, TypeError on
-        dtypes. In a captured graph the rows go to the device again at each replay."""
+        """Send the rows of `parameters` if they have changed. ValueError on shapes, strides and devices; TypeError on
+        dtypes. A captured graph sends its rows again at each replay."""
         rows = [_row(*parameter) for parameter in parameters]
         if rows == self._rows:
             return
@@ -187,8 +188,8 @@ class ParameterTable:
         self._rows = rows
 
     def set_numbers(self, numbers: Tensor) -> None:
-        """(tensors, LOG2_BETA2 + 1) on the host: of this step. A captured graph finds them where the last ones were."""
-        room = torch.zeros(len(numbers), NUMBERS.value - numbers.shape[1])  # for the device's own
+        """Send this step's numbers (tensors, LOG2_BETA2 + 1) to where the last ones were, so that graphs find them."""
+        room = torch.zeros(len(numbers), NUMBERS.value - numbers.shape[1])  # for what the device computes
         self.numbers = _send(torch.cat([numbers.double(), room.double()], 1), self.device, self.numbers)
 
 
@@ -221,7 +222,7 @@ def _check(device: torch.device, g: Tensor, w: Tensor, m: Tensor, v: Tensor, cop
 
 
 def _chunks(sizes: Sequence[int]) -> Tensor:
-    """(programs, 2): row of the tensor, and the how manieth chunk of it. A tensor without elements has none."""
+    """Return (programs, 2): (row, index of the chunk in that tensor). A tensor without elements has no chunk."""
     counts = torch.tensor([triton.cdiv(size, launch.adamw_chunk().CHUNK) for size in sizes], dtype=torch.int64)
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     before = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
@@ -229,14 +230,14 @@ def _chunks(sizes: Sequence[int]) -> Tensor:
 
 
 def _send(host: Tensor, device: torch.device, place: Tensor | None = None) -> Tensor:
-    """`host` on `device`, at `place` if it fits there; from pinned memory, so that the host need not wait for it."""
+    """Copy `host` to `device`, into `place` if it fits, from pinned memory, so that the host need not wait for it."""
     if place is None or place.shape != host.shape or place.device != device:
         place = torch.empty_like(host, device=device)
     return place.copy_(host.pin_memory() if device.type == "cuda" else host, non_blocking=True)
 
 
 def gradient_norm(table: ParameterTable) -> Tensor:
-    """The norm of all gradients of `table` together: 0-d, fp32, on the device."""
+    """Return the norm of all gradients of `table` together: 0-d, fp32, on the device."""
     parts = torch.empty(len(table.chunks), device=table.device)
     if len(parts):
         with torch.cuda.device_of(parts):
@@ -248,8 +249,8 @@ def gradient_norm(table: ParameterTable) -> Tensor:
 
 
 def adamw_(table: ParameterTable, shorten: Tensor) -> None:
-    """One step of every parameter of `table`, by its numbers; gradients are divided by `shorten` (0-d, fp32). If that
-    is not finite, nothing happens."""
+    """Update every parameter of `table` by its numbers; gradients are divided by `shorten` (0-d, fp32). If that is not
+    finite, nothing changes."""
     if n := len(table.tensors):
         with torch.cuda.device_of(table.tensors):
             _adamw_count_kernel[(triton.cdiv(n, COUNTED),)](

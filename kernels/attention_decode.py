@@ -1,22 +1,22 @@
-"""Attention of one new token a row, whose earlier keys and values lie in a cache. For writing text: no backward.
+"""Attention of one new token per row to earlier keys and values in a cache, for generating text. It has no backward.
 
     k_cache[p], v_cache[p] = k, v        p: the row's position
     o = sum_j w_j v_j / sum_j w_j,       w_j = exp(q k_j / sqrt(D)),  j = 0 .. p
 
 Shapes    qkv (B, 3C), o (B, C): heads of D = C / n_head side by side;  k_cache, v_cache (B, H, S, D);  position (B,)
-          int64. D from 16 to 256, padded inside to a power of two. Rows stand at different positions: a program reads
-          its own row's keys and no others, so that what lies behind them in the cache does not matter.
-Traffic   4 B C (p + 1) bytes of a half type: keys and values once, 3 MB a layer of GPT-2 124M at B=1, p=1023, where the
-          layer's weights are 14 MB. Two operations a byte, so no tensor cores.
-Programs  One for each row and head, with no split of the keys. At B=8, 96 programs are as many as most GPUs have
-          processors. At B=1 there are 12: with 64 kB in flight at 0.7 us of latency one reads 94 GB/s, 3 us for 1024
-          keys (estimated, not measured), where a layer's weights take 3 us at 4.3 TB/s. A split needs a second kernel
-          that adds up the parts, 1 to 2 us in each layer at any length: it would gain at the end of a long text that
-          is written alone.
-Softmax   Each of BLOCK_N lanes is an online softmax of its own over keys lane, lane + BLOCK_N, ...: nothing crosses
-          threads in the loop but q k. Lanes and the new token, which is not read back, are added up once, at the end,
-          in one order: the same bits every time, whatever the other rows are.
-Numerics  All in fp32 and base 2, rounded once. A position outside the cache is never an address: its row is NaN.
+          int64. D from 16 to 256, padded to a power of two in the kernel. Rows may be at different positions: a program
+          reads the keys of its own row up to its position, so the rest of the cache does not matter.
+Traffic   4 B C (p + 1) bytes of a half type: keys and values once, 3 MB per layer of GPT-2 124M at B=1, p=1023, where
+          the layer's weights are 14 MB. Two operations per byte, so no tensor cores.
+Programs  One for each row and head; keys are not split. At B=8, 96 programs are as many as most GPUs have processors.
+          At B=1 there are 12, which, with 64 kB in flight each, take as long for 1024 keys as reading the layer's
+          weights takes (estimated, not measured). A split needs a second kernel that adds up the parts, for a third to
+          two thirds of that time in each layer, at any length: it would gain only at the end of a long text at B=1.
+Softmax   Each of BLOCK_N lanes is an online softmax of its own over keys lane, lane + BLOCK_N, ...: in the loop only
+          q k crosses threads. The lanes and the new token, which is not read back, are added up once, at the end, in
+          one order: the same bits every time, whatever the other rows are.
+Numerics  All in fp32 and base 2, rounded once. A position outside the cache is never used as an address: the row of o
+          is NaN.
 Source    Milakov & Gimelshein 2018, arXiv:1805.02867 (online softmax).
 """
 
@@ -29,7 +29,7 @@ from gpt2fast.kernels import launch
 from gpt2fast.kernels.attention_forward import D_RANGE, LOG2_E
 from gpt2fast.kernels.registration import autocast, check_device, check_shape, check_tensors, op
 
-LEAST = tl.constexpr(-3e38)  # of a lane that has seen nothing: minus infinity would give inf - inf
+LEAST = tl.constexpr(-3e38)  # the maximum of a lane that has seen no key: with minus infinity, m - m_new would be NaN
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _cached_attention_kernel(
     qkv_ptr, k_cache_ptr, v_cache_ptr, position_ptr, o_ptr, H, S, D, qk_scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)  # of all rows
+    head = tl.program_id(0).to(tl.int64)  # counted over all rows
     row, C = head // H, H * D
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -53,7 +53,8 @@ def _cached_attention_kernel(
     tl.store(k_cache_ptr + position * D + offs_d, k_new, mask=mask_new)
     tl.store(v_cache_ptr + position * D + offs_d, v_new, mask=mask_new)
 
-    m = tl.full((BLOCK_N,), LEAST, dtype=tl.float32)  # of each lane: largest score, sum of weights, of weights times v
+    # per lane: the largest score, the sum of weights, the sum of weights times v
+    m = tl.full((BLOCK_N,), LEAST, dtype=tl.float32)
     l = tl.zeros((BLOCK_N,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for start in tl.range(0, tl.where(known, position, 0), BLOCK_N, num_stages=NUM_STAGES):
@@ -83,7 +84,7 @@ def _cached_attention_kernel(
     fake=lambda qkv, k_cache, v_cache, position, n_head: qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3)),
 )
 def cached_attention_(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, n_head: int) -> Tensor:
-    """o (B, C)."""
+    """Return o (B, C)."""
     (B, C3), S = qkv.shape, k_cache.shape[2]
     o, D = qkv.new_empty((B, C3 // 3)), k_cache.shape[3]
     if B:
@@ -97,11 +98,11 @@ def cached_attention_(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: T
 
 
 def cached_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, n_head: int) -> Tensor:
-    """One new token a row, (B, 3C) at `position` (B,) int64 -> (B, C). Its key and value are written to the caches
-    (B, H, S, D), which are contiguous and of the compute dtype.
+    """Attend with one new token per row, qkv (B, 3C) at `position` (B,) int64 -> (B, C). Its key and value are written
+    to the caches (B, H, S, D), which must be contiguous and of the compute dtype.
 
-    Under autocast in its dtype. ValueError on shapes, D outside 16 to 256 and devices; TypeError on dtypes;
-    RuntimeError where a gradient is asked for.
+    Under autocast qkv is cast to its dtype. ValueError on shapes, D outside 16 to 256 and devices; TypeError on dtypes;
+    RuntimeError if a gradient is needed.
     """
     if torch.is_grad_enabled() and qkv.requires_grad:
         raise RuntimeError("cached_attention: it has no backward: call it under torch.no_grad()")

@@ -1,24 +1,25 @@
-"""Flash attention: softmax(scale q k^T + mask) v, forward and backward, never holding a T x T matrix.
+"""Flash attention: softmax(scale q k^T + mask) v, forward and backward, without ever holding a T x T matrix.
 
     s = scale q k^T,   m = running max of s,   l = running sum of exp(s - m),   acc = running sum of exp(s - m) v
     o = acc / l,       lse = m + log l         when m grows to m', l and acc are first multiplied by exp(m - m')
     p = exp(s - lse),  delta = sum_d(do o),    dp = do v^T,  ds = p (dp - delta)
     dv = p^T do,       dk = scale ds^T q,      dq = scale ds k
 
-Shapes    q, o: (B, H, T_q, D);  k, v: (B, H, T_k, D);  lse, delta: (B, H, T_q) fp32.  D from 16 to 256, padded inside
-          to a power of two. Packed: qkv (B, T, 3C), o (B, T, C), heads side by side: nothing is transposed or copied.
+Shapes    q, o: (B, H, T_q, D);  k, v: (B, H, T_k, D);  lse, delta: (B, H, T_q) fp32.  D from 16 to 256, padded to a
+          power of two in the kernels. Packed: qkv (B, T, 3C), o (B, T, C), heads side by side: nothing is transposed or
+          copied.
 Causal    The diagonal ends at the last query and the last key: query i sees key j if j <= i + T_k - T_q, which is what
-          decoding with a cache needs. A query that sees no key gets zeros. Tiles that nothing sees are not visited;
-          full tiles and those with a mask are loops of their own.
+          decoding with a cache needs. A query that sees no key gets zeros. Tiles in which no query sees a key are not
+          visited; full tiles and masked tiles have separate loops.
 Traffic   forward reads q, k, v and writes o, lse; backward reads q, k, v, o, do, lse and writes dq, dk, dv. The keys
-          and values of a head are read once a query tile, from L2.
-Saves     q, k, v, o, lse. p is made again from lse: once, in attention_backward.py, where there are heads enough to
-          give each processor its own, and dq of those in work fits in L2; else twice, in two kernels, of which one owns
-          queries and writes dq (and delta, for the other), and one owns keys and writes dk and dv: seven matmuls
-          instead of five. No atomics either way: the same bits every time.
+          and values of a head are read once per query tile, from L2.
+Saves     q, k, v, o, lse. p is recomputed from lse: once, in attention_backward.py, if there are enough heads to give
+          each processor its own, and dq of the heads in flight fits in L2; else twice, in two kernels: one owns queries
+          and writes dq (and delta, for the other one), one owns keys and writes dk and dv, with seven matmuls instead
+          of five. No atomics either way: the same bits every time.
 Numerics  Dots accumulate in fp32; p and ds are rounded to the inputs' dtype for the second dot, as in FlashAttention.
           Everything is in base 2 (exp2 is one instruction): scale is multiplied by log2 e once, lse is a base-2
-          logarithm. fp32 dots are exact unless the user allowed TF32 for torch's own.
+          logarithm. fp32 dots are exact unless the user has allowed TF32 in torch.
 Source    Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4; Dao 2023, arXiv:2307.08691, section 3.
 """
 
@@ -43,17 +44,17 @@ D_RANGE = 16, 256
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last, which is 1. Every view of a packed projection has it."""
+    """Copy x unless its last stride is 1; the others may be any. Views of a packed projection are never copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    """stride_qb, stride_qh, stride_qt for q (B, H, T, D), and so on."""
+    """Return stride_qb, stride_qh, stride_qt for q (B, H, T, D), and so on."""
     return {f"stride_{name}{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bht")}
 
 
 def _shared_arguments(q: Tensor, k: Tensor, scale: float, causal: bool) -> dict:
-    """What every kernel is told: sizes, scale, flags."""
+    """The arguments of every kernel: sizes, scale, flags."""
     _, H, T_q, D = q.shape
     return {
         "H": H, "T_q": T_q, "T_k": k.shape[2], "D": D, "qk_scale": scale * LOG2_E, "CAUSAL": causal,
@@ -63,7 +64,7 @@ def _shared_arguments(q: Tensor, k: Tensor, scale: float, causal: bool) -> dict:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float) -> None:
-    """Fills o, of any strides but the last, and lse."""
+    """Fill o, whose last stride is 1, and lse."""
     B, H, T_q, D = q.shape
     if not o.numel():
         return
@@ -82,7 +83,7 @@ def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     causal: bool, scale: float,
 ) -> None:  # fmt: skip
-    """Fills dq, dk and dv, of any strides but the last."""
+    """Fill dq, dk and dv, whose last stride is 1."""
     B, H, T_q, D = q.shape
     T_k = k.shape[2]
     if not q.numel() or not k.numel():
@@ -120,7 +121,7 @@ def _lse(q: Tensor) -> Tensor:
 
 @op("flash_attention_fwd", fake=lambda q, k, v, causal, scale: (q.new_empty(q.shape), _lse(q)))
 def flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """o, lse."""
+    """Return o, lse."""
     o, lse = q.new_empty(q.shape), _lse(q)
     _forward(q, k, v, o, lse, causal, scale)
     return o, lse
@@ -134,21 +135,21 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 def flash_attention_bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
+    """Return dq, dk, dv."""
     dq, dk, dv = _like(q, k, v)
     _backward(do, q, k, v, o, lse, dq, dk, dv, causal, scale)
     return dq, dk, dv
 
 
 def _unpack(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, 3C) -> q, k, v, each a view (B, H, T, D)."""
+    """Return q, k, v, each a view (B, H, T, D) of qkv (B, T, 3C)."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind()
     return q, k, v
 
 
 def _heads(o: Tensor, n_head: int) -> Tensor:
-    """(B, T, C) -> the view (B, H, T, D)."""
+    """Return o (B, T, C) as a view (B, H, T, D)."""
     B, T, C = o.shape
     return o.view(B, T, n_head, C // n_head).transpose(1, 2)
 
@@ -160,7 +161,7 @@ def _packed_outputs(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
 
 @op("attention_fwd", fake=lambda qkv, n_head, scale: _packed_outputs(qkv, n_head))
 def attention_fwd(qkv: Tensor, n_head: int, scale: float) -> tuple[Tensor, Tensor]:
-    """o (B, T, C), lse (B, H, T)."""
+    """Return o (B, T, C), lse (B, H, T)."""
     o, lse = _packed_outputs(qkv, n_head)
     _forward(*_unpack(qkv.contiguous(), n_head), _heads(o, n_head), lse, True, scale)
     return o, lse
@@ -168,7 +169,7 @@ def attention_fwd(qkv: Tensor, n_head: int, scale: float) -> tuple[Tensor, Tenso
 
 @op("attention_bwd", fake=lambda do, qkv, o, lse, n_head, scale: qkv.new_empty(qkv.shape))
 def attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: int, scale: float) -> Tensor:
-    """dqkv (B, T, 3C): dq, dk and dv are written where they belong."""
+    """Return dqkv (B, T, 3C), into which dq, dk and dv are written without a copy."""
     dqkv = qkv.new_empty(qkv.shape)
     do, o = (_heads(x.contiguous(), n_head) for x in (do, o))
     _backward(do, *_unpack(qkv.contiguous(), n_head), o, lse, *_unpack(dqkv, n_head), True, scale)
@@ -204,9 +205,9 @@ class _Attention(torch.autograd.Function):
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v: q (B, H, T_q, D); k, v (B, H, T_k, D) of one dtype, any strides -> (B, H, T_q, D).
+    """Return softmax(scale q k^T) v: q (B, H, T_q, D); k, v (B, H, T_k, D); one dtype, any strides -> (B, H, T_q, D).
 
-    `scale` is 1 / sqrt(D) unless given, and positive. Under autocast all three are cast to its dtype. ValueError on
+    `scale` must be positive; the default is 1 / sqrt(D). Under autocast all three are cast to its dtype. ValueError on
     shapes, D outside 16 to 256, scale and devices; TypeError on dtypes.
     """
     q, k, v = autocast(q, k, v)
@@ -223,9 +224,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale:
 
 
 def attention(qkv: Tensor, n_head: int) -> Tensor:
-    """Causal attention on packed projections: (B, T, 3C) -> (B, T, C), heads of D = C / n_head side by side.
+    """Apply causal attention to packed projections: (B, T, 3C) -> (B, T, C), heads of D = C / n_head side by side.
 
-    scale is 1 / sqrt(D). Under autocast in its dtype. ValueError on shapes and D outside 16 to 256; TypeError.
+    The scale is 1 / sqrt(D). Under autocast qkv is cast to its dtype. ValueError on shapes and D outside 16 to 256;
+    TypeError on dtypes.
     """
     (qkv,) = autocast(qkv)
     check_tensors("attention", qkv=qkv)

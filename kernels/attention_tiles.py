@@ -1,9 +1,9 @@
-"""The three kernels of attention_forward.py, where the equations stand: forward, dq (and delta), dk and dv.
+"""Three kernels of attention: forward, dq (and delta), dk and dv. Equations: attention_forward.py.
 
 A program owns a tile of queries (forward, dq) or of keys (dk, dv) of one head and walks the other side. Tiles of one
 head are neighbours in the grid, since they share its keys and values in L2; those with the most work come first, so
-that the last ones to finish are short. Offsets inside a tile are 64 bits wide like everything that a stride
-multiplies: T times the stride of a packed projection passes 2^31.
+that the last ones to finish are short. Offsets inside a tile have 64 bits, like everything that a stride multiplies: T
+times the stride of a packed projection exceeds 2^31.
 
     visible(i, j) = j < T_k and (not CAUSAL or j <= i + T_k - T_q)
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(ptr, offs_t, stride_t, T, D: tl.constexpr, MASK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows offs_t of a head: (BLOCK, BLOCK_D), zero beyond T (if MASK_T) and beyond D."""
+    """Load rows offs_t of a head: (BLOCK, BLOCK_D), zero beyond T (if MASK_T) and beyond D."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
     if D < BLOCK_D:
@@ -36,7 +36,7 @@ def store_rows(ptr, value, offs_t, stride_t, T, D: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def is_visible(offs_m, offs_n, T_q, T_k, CAUSAL: tl.constexpr):
-    """Of queries offs_m and keys offs_n, shaped to broadcast."""
+    """Whether queries offs_m see keys offs_n, both shaped to broadcast."""
     visible = offs_n < T_k
     if CAUSAL:
         visible = visible & (offs_n <= offs_m + (T_k - T_q))
@@ -45,8 +45,8 @@ def is_visible(offs_m, offs_n, T_q, T_k, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _key_range(first, T_q, T_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For queries first .. first + BLOCK_M - 1: keys [0, full) are in tiles that all of them see, [full, end) in tiles
-    that some of them see in part."""
+    """Return full, end for queries first .. first + BLOCK_M - 1: all of them see the tiles of keys [0, full), some of
+    them see a part of the tiles of keys [full, end)."""
     full = T_k
     end = T_k
     if CAUSAL:
@@ -61,7 +61,7 @@ def _softmax_tiles(
     D: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys lo .. hi - 1: the new acc (BLOCK_M, BLOCK_D), l and m (BLOCK_M,)."""
+    """Continue the online softmax over keys lo .. hi - 1: return acc (BLOCK_M, BLOCK_D), l and m (BLOCK_M,)."""
     for start in range(lo, hi, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, stride_kt, T_k, D, MASKED, BLOCK_D)
@@ -90,7 +90,7 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T_q, BLOCK_M)
-    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the last queries see the most
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the last queries see the most keys
     bh = tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     k_ptr += b * stride_kb + h * stride_kh
@@ -120,7 +120,7 @@ def _dq_tiles(
     D: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale (BLOCK_M, BLOCK_D), plus what keys lo .. hi - 1 contribute."""
+    """Add what keys lo .. hi - 1 contribute to dq / scale (BLOCK_M, BLOCK_D)."""
     for start in range(lo, hi, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, stride_kt, T_k, D, MASKED, BLOCK_D)
@@ -173,8 +173,8 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def query_range(first, T_q, T_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For keys first .. first + BLOCK_N - 1: queries [lo, full) are in tiles with a mask, [full, T_q) see all of the
-    keys. Keys beyond T_k are zeros, whose gradients are not stored: they need no mask."""
+    """Return lo, full for keys first .. first + BLOCK_N - 1: queries [lo, full) are in tiles with a mask, [full, T_q)
+    see all of the keys. Keys beyond T_k are zeros whose gradients are not stored: they need no mask."""
     lo = 0
     full = 0
     if CAUSAL:
@@ -189,15 +189,15 @@ def _dkdv_tiles(
     D: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv (BLOCK_N, BLOCK_D), plus what queries lo .. hi - 1 contribute. Queries beyond T_q are zeros,
-    and so is their do: they contribute nothing."""
+    """Add what queries lo .. hi - 1 contribute to dk / scale and dv (BLOCK_N, BLOCK_D). Queries beyond T_q and their do
+    are zeros: they contribute nothing."""
     for start in range(lo, hi, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, offs_m, stride_qt, T_q, D, True, BLOCK_D)
         do = load_rows(do_ptr, offs_m, stride_dot, T_q, D, True, BLOCK_D)
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < T_q, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < T_q, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed, as the dots want it
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M): transposed, as the dots need it
         p = tl.exp2(tl.fma(s, qk_scale, -lse[None, :]))
         if MASKED:
             p = tl.where(is_visible(offs_m[None, :], offs_n[:, None], T_q, T_k, CAUSAL), p, 0.0)
@@ -218,7 +218,7 @@ def _attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T_k, BLOCK_N)
-    first = tl.program_id(0) % tiles * BLOCK_N  # the first keys are seen the most
+    first = tl.program_id(0) % tiles * BLOCK_N  # the first keys are seen by the most queries
     bh = tl.program_id(0) // tiles
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh

@@ -3,23 +3,25 @@
     o[b, t] = wte[idx[b, t]] + wpe[t]
     dwpe[t] = sum_b do[b, t],   dwte[v] = sum of do[b, t] over the positions where idx[b, t] = v
 
-Shapes    idx (B, T) int64;  wte, dwte (V, C);  wpe, dwpe (block_size, C), rows from T on unused;  o, do (B, T, C).
-Traffic   forward writes o and reads a row of wte for each token, mostly from L2; backward reads do for dwpe and again
-          for dwte, and writes dwte twice where a token was seen, else once. At B=64, T=1024, C=768 with a bf16 stream:
-          2 x 101 MB read, 155 MB of zeros and 40 MB of sums written, against 101 MB read, 155 MB written and 201 MB of
-          atomic additions (Inductor), or a sort of the tokens and the same reads in fp32 (torch).
+Shapes    idx (B, T) int64;  wte, dwte (V, C);  wpe, dwpe (block_size, C), whose rows from T on are unused;  o, do
+          (B, T, C).
+Traffic   forward writes o and reads one row of wte per token, mostly from L2; backward reads do for dwpe and again
+          for dwte, and writes rows of dwte twice if their token occurs, else once. At B=64, T=1024, C=768 with a bf16
+          stream: 2 x 101 MB read, 155 MB of zeros and 40 MB of sums written, against 101 MB read, 155 MB written and
+          201 MB of atomic additions (Inductor), or a sort of the tokens and the same reads in fp32 (torch).
 Saves     idx.
-Buckets   Positions are put in order of their tokens with integer atomics: count, running sum, scatter. In which order
-          a token's positions stand in its bucket changes from run to run. So its rows are added in an arithmetic in
-          which order does not matter: each column is scaled by a power of two, by its largest number, so that the sum
-          of all positions fits into 62 bits, and integers are added. The same bits every time.
-Long      A few tokens are some per cent of a text ("," and "the"), most tokens seen are one or two positions: a program
-          of one warp adds the latter, a program of eight warps what has more than LONG positions. If all 65,536 tokens
-          are one, 12 programs add 65,536 rows of 64 columns each: everything is right, and most of the GPU is idle.
+Buckets   Positions are grouped by token with integer atomics: count, running sum, scatter. The order of a token's
+          positions in its bucket changes from run to run, so its rows are added in an arithmetic in which order does
+          not matter: each column is scaled by a power of two that follows from its largest number, such that the sum of
+          all positions fits into 62 bits, and integers are added. The same bits every time.
+Long      A few tokens make up some per cent of a text each ("," and "the"); most tokens that occur have one or two
+          positions. A program of one warp adds the latter, a program of eight warps the tokens with more than LONG
+          positions. If all 65,536 tokens are the same, 12 programs add 65,536 rows of 64 columns each: the result is
+          right, and most of the GPU is idle.
 Numerics  o: added in fp32, rounded once. dwte: for N positions, 61 - log2 N bits below the column's largest number (45
           of them at N = 65,536, where fp32 has 24), rounded once; infinity and NaN as in torch: inf - inf is NaN. dwpe:
           summed in fp32, in one order.
-Tokens    One that is not in the vocabulary makes its row of o NaN, and the loss; it has no gradient, and is never used
+Tokens    A token outside the vocabulary makes its row of o NaN, and so the loss; it has no gradient, and is never used
           as an address.
 Source    Radford et al. 2019 (GPT-2); sums that do not depend on the order: Demmel & Nguyen 2013, ARITH 21.
 """
@@ -33,14 +35,14 @@ from torch.autograd.function import once_differentiable
 from gpt2fast.kernels import launch
 from gpt2fast.kernels.registration import DTYPES, check_device, check_shape, check_tensors, op
 
-LONG = 64  # positions of a token: the most that one warp adds, four at a time
-INF = tl.constexpr(0x7F800000)  # as an integer; NaN is above
+LONG = 64  # the most positions of a token that one warp adds, four at a time
+INF = tl.constexpr(0x7F800000)  # as an integer; NaNs are above it
 SIGNLESS = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def _embedding_fwd_kernel(wte_ptr, wpe_ptr, idx_ptr, o_ptr, M, T, V, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """M = B T."""
+    """Compute o at M = B T positions."""
     column_blocks = tl.cdiv(C, BLOCK_N)
     offs_m = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,7 +57,7 @@ def _embedding_fwd_kernel(wte_ptr, wpe_ptr, idx_ptr, o_ptr, M, T, V, C, BLOCK_M:
 
 @triton.jit
 def _embedding_bwd_wpe_kernel(do_ptr, dwpe_ptr, B, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """n = T C: the sum of the columns of (B, n)."""
+    """Sum do (B, n), n = T C, over B."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < n
     dwpe = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -77,18 +79,18 @@ def _append(list_ptr, length_ptr, token, chosen):
 def _embedding_bwd_count_kernel(
     idx_ptr, count_ptr, seen_ptr, long_ptr, lengths_ptr, N, V, LONG: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Positions of each token; the list of those seen, and of those seen more than LONG times, with their lengths."""
+    """Count the positions of each token; list the tokens that occur, and those that occur more than LONG times."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(idx_ptr + offs, mask=offs < N, other=-1)
     known = (token >= 0) & (token < V)
     before = tl.atomic_add(count_ptr + token, 1, mask=known, sem="relaxed")
-    _append(seen_ptr, lengths_ptr, token, known & (before == 0))  # before is each number once: so is each token here
+    _append(seen_ptr, lengths_ptr, token, known & (before == 0))  # 0 is read once per token: it is listed once
     _append(long_ptr, lengths_ptr + 1, token, known & (before == LONG))
 
 
 @triton.jit
 def _embedding_bwd_scatter_kernel(idx_ptr, start_ptr, position_ptr, N, V, BLOCK: tl.constexpr):
-    """start_ptr: where each bucket ends; in the end, where it begins."""
+    """Fill each bucket from its end: start_ptr holds the ends first, and the starts when all is done."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(idx_ptr + offs, mask=offs < N, other=-1)
     known = (token >= 0) & (token < V)
@@ -98,7 +100,7 @@ def _embedding_bwd_scatter_kernel(idx_ptr, start_ptr, position_ptr, N, V, BLOCK:
 
 @triton.jit
 def _load_rows(do_ptr, position_ptr, offs_m, n, offs_n, C):
-    """Rows of do, at the positions offs_m of a bucket of n; zero beyond."""
+    """Load the rows of do at entries offs_m of a bucket of n positions; zero beyond n."""
     mask_m = offs_m < n
     position = tl.load(position_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     mask = mask_m[:, None] & (offs_n < C)[None, :]
@@ -107,8 +109,8 @@ def _load_rows(do_ptr, position_ptr, offs_m, n, offs_n, C):
 
 @triton.jit
 def _largest(x):
-    """Of each column: the largest |x|, as the integer of its bits, which are ordered as the numbers are; and the sum of
-    what is infinite or NaN, which does not depend on the order, as that of all of x would."""
+    """Return for each column the largest |x|, as the integer of its bits, which has the same order; and the sum of the
+    infinite and NaN elements, which does not depend on their order, as the sum of all of x would."""
     bits = x.to(tl.int32, bitcast=True) & SIGNLESS
     return tl.max(bits, axis=0), tl.sum(tl.where(bits >= INF, x, 0.0), axis=0)
 
@@ -123,7 +125,7 @@ def _embedding_bwd_wte_kernel(
     do_ptr, dwte_ptr, list_ptr, length_ptr, count_ptr, start_ptr, position_ptr, C, BITS, MOST, PROGRAMS,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rows of dwte for the listed tokens of up to MOST positions. BITS: no sum has 2^BITS terms."""
+    """Compute dwte for the listed tokens that have at most MOST positions. No sum has as many as 2^BITS terms."""
     column_blocks = tl.cdiv(C, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     for tile in range(tl.program_id(0), tl.load(length_ptr) * column_blocks, PROGRAMS):
@@ -138,7 +140,7 @@ def _embedding_bwd_wte_kernel(
                 y_largest, y_not_finite = _largest(_load_rows(do_ptr, bucket_ptr, start + offs_m, n, offs_n, C))
                 largest, not_finite = tl.maximum(largest, y_largest), not_finite + y_not_finite
             shift = 62 + 126 - BITS - (largest >> 23)  # |x| < 2^(exponent - 126), also where x is denormal
-            half = shift >> 1  # 2^shift is two factors: of a tiny x it would be infinite
+            half = shift >> 1  # 2^shift as two factors: for a tiny x it would be infinite
             scale = ((half + 127) << 23).to(tl.float32, bitcast=True)
             rest = ((shift - half + 127) << 23).to(tl.float32, bitcast=True)
             total = _sum_fixed(x, scale, rest)
@@ -174,7 +176,7 @@ def _embedding_bwd_fake(do, idx, V, block_size, dtype):
 
 @op("embedding_bwd", fake=_embedding_bwd_fake)
 def embedding_bwd(do: Tensor, idx: Tensor, V: int, block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dwte, dwpe."""
+    """Return dwte, dwpe."""
     B, T, C = do.shape
     dwte, dwpe = do.new_zeros((V, C), dtype=dtype), do.new_zeros((block_size, C), dtype=dtype)
     if do.numel():
@@ -188,7 +190,7 @@ def embedding_bwd(do: Tensor, idx: Tensor, V: int, block_size: int, dtype: torch
 
 
 def _sum_by_token(do: Tensor, idx: Tensor, dwte: Tensor) -> None:
-    """Adds up do (B, T, C) in dwte (V, C), which is zero before."""
+    """Add the rows of do (B, T, C) to dwte (V, C), which must be zero."""
     N, (V, C), int32 = idx.numel(), dwte.shape, torch.int32
     counts, lengths = idx.new_zeros(V + 2, dtype=int32).split([V, 2])
     seen, most = idx.new_empty(min(N, V), dtype=int32), idx.new_empty(max(1, N // (LONG + 1)), dtype=int32)
@@ -224,9 +226,10 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(wte: Tensor, wpe: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
-    """wte[idx] + wpe[:T]: wte (V, C), wpe (block_size, C), idx (B, T) int64 -> (B, T, C) in `dtype`.
+    """Return wte[idx] + wpe[:T]: wte (V, C), wpe (block_size, C), idx (B, T) int64 -> (B, T, C) in `dtype`.
 
-    Under autocast as without. A token that is not in the vocabulary gives NaN. ValueError, TypeError.
+    Autocast changes nothing. A token outside the vocabulary gives NaN. ValueError on shapes and devices; TypeError on
+    dtypes and on idx.
     """
     check_tensors("embedding", same_dtype=True, wte=wte, wpe=wpe)
     check_device("embedding", "wte", wte, "idx", idx)

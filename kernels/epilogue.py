@@ -1,27 +1,26 @@
-"""The MLP with GELU, and its derivative, in the epilogues of the matmuls beside it: another mlp than projections.py's.
+"""The MLP with GELU and its derivative in the epilogues of the matmuls next to them: the alternative to projections.py.
 
     h = x fc_w^T + fc_b,   a = gelu(h),   y = a proj_w^T + proj_b
     dh = (dy proj_w) gelu'(h),   dfc_b = sum_m dh,   dproj_b = sum_m dy
     dx = dh fc_w,   dfc_w = dh^T x,   dproj_w = dy^T a
 
 Shapes    x (..., C), fc_w (F, C), fc_b (F,), proj_w (C, F), proj_b (C,), y (..., C); h, a, dh (M, F), M rows, F = 4 C.
-Kernels   One makes h and a from x; one makes dh, a once more, and the sums of dh from dy and h. All other matmuls are
-          torch's: they have no epilogue. Persistent, with two programs on a processor: the tensor cores work for one
-          while the other loads, stores and takes exponentials. On an H200, a tile of 128 x 128 takes 4.2 us at 790
-          TFLOP/s and C=768; what backward reads and writes for it 3.0 us at 4.3 TB/s, its exponentials 1.2 us.
-          Operands come through TMA from sm_90 on, where they are aligned to it, else through pointers.
-Traffic   In passes over H = M F elements, of a layer: forward writes h, a and reads a; backward reads h, writes dh, a
+Kernels   One computes h and a from x; one computes dh, a once more, and the sums of dh from dy and h. All other matmuls
+          are torch's: they have no epilogue. Persistent, with two programs on a processor: the tensor cores work for
+          one while the other loads, stores and takes exponentials: in backward at C=768 on an H200, loads and stores of
+          a tile of 128 x 128 take about 0.7 of the time of its product, its exponentials 0.3 (estimated). Operands come
+          through TMA from sm_90 on, where they are aligned to it, else through pointers.
+Traffic   In passes over H = M F elements, per layer: forward writes h, a and reads a; backward reads h, writes dh, a
           and reads a, dh, dh: 9. projections.py takes 11: forward also reads h; backward writes and reads da, and need
-          not write a. At M=65536, C=768 in bf16, two passes are 0.81 GB, 0.19 ms at 4.3 TB/s: 2.25 ms in 12 layers.
-Saves     x and h. Not a, M F elements as well: 4.8 GB in 12 layers, which projections.py keeps.
+          not write a. At M=65536, C=768 in bf16 two passes are 0.81 GB per layer.
+Saves     x and h. Not a, another M F elements, 4.8 GB in the 12 layers of that example, which projections.py keeps.
 Numerics  fp32 accumulators. h is rounded once, with its bias, and a is the GELU of the rounded h, the same bits in
           both directions. The product dy proj_w is not rounded before it is multiplied by gelu'. dfc_b is the sum of
-          dh before it is rounded: over a tile's rows in its epilogue, over the tiles at the end (M / 128 rows of fp32),
-          in an order that only shapes and settings fix: no atomics, the same bits every time.
-Speed     Not measured. The two matmuls are 2 x 2 M C F = 0.62 TFLOP a layer, 0.95 ms at cuBLAS's 650 TFLOP/s. This
-          wins while they are, their epilogues not counted, less than 20% slower than cuBLAS's (21% at 700, 9% at
-          C=1600); or, counted and timed alone, up to 39% slower forward, where a pass of 2 H is no more, and up to 59%
-          backward, where it is one of 3 H.
+          the unrounded dh: over a tile's rows in its epilogue, over the tiles at the end (M / 128 rows of fp32), in an
+          order that depends only on shapes and settings: no atomics, the same bits every time.
+Speed     Not measured. Estimated for an H200: this is faster than projections.py while its two matmuls, without their
+          epilogues, are less than 20% slower than cuBLAS's (9% at C=1600); or, timed alone with them, up to 39% slower
+          in forward, where they replace a pass over 2 H, and up to 59% in backward, where they replace one over 3 H.
 Source    Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2 (GELU); NVIDIA's CUTLASS, "Efficient GEMM in CUDA".
 """
 
@@ -48,7 +47,7 @@ from gpt2fast.kernels.tanh_gelu import THREE_CUBIC, TWO_SQRT_2_OVER_PI, gelu_z
 
 @triton.jit
 def _gelu_and_grad(x):
-    """As in tanh_gelu.py, but both sigmoids share one exponential and one reciprocal instead of two of each."""
+    """Return GELU and its derivative as in tanh_gelu.py, with one exponential and reciprocal for both sigmoids."""
     z = gelu_z(x)
     e = tl.exp(-tl.abs(z))
     large = 1 / (1 + e)
@@ -60,18 +59,18 @@ def _gelu_and_grad(x):
 
 @triton.jit
 def _fwd_piece(acc, b_ptr, h_ptr, a_ptr, row, col, M, N):
-    """h and a of a tile whose product is acc."""
+    """Compute h and a of a tile whose product is acc."""
     offs_n = col + tl.arange(0, acc.shape[1])
     b = tl.load(b_ptr + offs_n, mask=offs_n < N, other=0.0)
     h = (acc + b.to(tl.float32)[None, :]).to(b.dtype)
-    a, _ = _gelu_and_grad(h.to(tl.float32))  # of the rounded h, as backward makes it again
+    a, _ = _gelu_and_grad(h.to(tl.float32))  # of the rounded h, as backward recomputes it
     store_tile(h_ptr, h, row, col, M, N)
     store_tile(a_ptr, a, row, col, M, N)
 
 
 @triton.jit
 def _bwd_piece(da, h_ptr, dh_ptr, a_ptr, db_ptr, row, col, M, N):
-    """dh, a and the sum of dh of a tile whose product is da."""
+    """Compute dh, a and the sum of dh of a tile whose product is da."""
     h = load_tile(h_ptr, row, col, M, N, da.shape[0], da.shape[1], False).to(tl.float32)
     a, grad = _gelu_and_grad(h)
     dh = da * grad
@@ -86,7 +85,7 @@ def _linear_gelu_fwd_kernel(
     x_ptr, w_ptr, b_ptr, h_ptr, a_ptr, M, N, K, PROGRAMS, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """x (M, K), w (N, K)."""
+    """Compute h and a (M, N) from x (M, K) and w (N, K)."""
     tl.assume(K > 0)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     PIECE: tl.constexpr = BLOCK_N // PIECES
@@ -103,7 +102,7 @@ def _linear_gelu_bwd_kernel(
     dy_ptr, w_ptr, h_ptr, dh_ptr, a_ptr, db_ptr, M, N, K, PROGRAMS, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """dy (M, K), w (K, N), db (row tiles, N) fp32."""
+    """Compute dh, a (M, N) and db (row tiles, N) fp32 from dy (M, K), w (K, N) and h (M, N)."""
     tl.assume(K > 0)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     PIECE: tl.constexpr = BLOCK_N // PIECES
@@ -117,14 +116,14 @@ def _linear_gelu_bwd_kernel(
 
 
 def _tiles(a: Tensor, b: Tensor) -> tuple[bool, launch.MatmulTiles]:
-    """Whether both operands come through TMA, and the tiles."""
+    """Return whether both operands come through TMA, and the tiles."""
     capability = launch.capability(a.device)
     aligned = tma_can_reach(a, b)
     return aligned and launch.matmul_tma(a.dtype, capability), launch.matmul_tiles(a.dtype, capability, aligned)
 
 
 def _shared_arguments(h: Tensor, K: int, tma: bool, tiles: launch.MatmulTiles) -> dict:
-    """What both kernels are told: sizes, programs, settings."""
+    """The arguments of both kernels: sizes, programs, settings."""
     N = h.shape[-1]
     M = h.numel() // N
     grid = triton.cdiv(M, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N)
@@ -140,7 +139,7 @@ def _like_h(x: Tensor, F: int) -> Tensor:
 
 @op("linear_gelu_fwd", fake=lambda x, w, b: (_like_h(x, w.shape[0]), _like_h(x, w.shape[0])))
 def linear_gelu_fwd(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., K), w (N, K), b (N,) -> h = x w^T + b and gelu(h), each (..., N)."""
+    """Return h = x w^T + b and gelu(h), each (..., N): x (..., K), w (N, K), b (N,)."""
     x, w, b = x.contiguous(), w.contiguous(), b.contiguous()
     h, a = _like_h(x, len(w)), _like_h(x, len(w))
     if h.numel():
@@ -158,7 +157,7 @@ def linear_gelu_fwd(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     fake=lambda dy, w, h: (h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape[-1:])),
 )
 def linear_gelu_bwd(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (..., K), w (K, N), h (..., N) -> dh = (dy w) gelu'(h), gelu(h), and dh summed over all rows, (N,)."""
+    """Return dh = (dy w) gelu'(h), gelu(h), and dh summed over all rows, (N,): dy (..., K), w (K, N), h (..., N)."""
     dy, w, h = dy.contiguous(), w.contiguous(), h.contiguous()
     dh, a = h.new_empty(h.shape), h.new_empty(h.shape)
     if not h.numel():
@@ -197,9 +196,10 @@ class _MLP(torch.autograd.Function):
 
 
 def mlp(x: Tensor, fc_w: Tensor, fc_b: Tensor, proj_w: Tensor, proj_b: Tensor) -> Tensor:
-    """(..., C), (F, C), (F,), (C, F), (C,) -> (..., C), of one dtype (under autocast all are cast to its).
+    """Return gelu(x fc_w^T + fc_b) proj_w^T + proj_b: (..., C), (F, C), (F,), (C, F), (C,) -> (..., C).
 
-    ValueError, TypeError on what does not fit together.
+    All are of one dtype; under autocast they are cast to its dtype. ValueError on shapes and devices; TypeError on
+    dtypes.
     """
     x, fc_w, fc_b, proj_w, proj_b = autocast(x, fc_w, fc_b, proj_w, proj_b)
     check_tensors("mlp", same_dtype=True, x=x, fc_w=fc_w, fc_b=fc_b, proj_w=proj_w, proj_b=proj_b)

@@ -5,17 +5,17 @@
     ds = rstd (g - mean(g) - z mean(g z)) [+ the gradient that s has from elsewhere],  g = do w
     dw = sum_m do z,  db = sum_m do
 
-Shapes    x, y, s, o: (M, N);  w, b: (N,);  mean, rstd: (M,) fp32.  N up to 16384, of any kind.
+Shapes    x, y, s, o: (M, N);  w, b: (N,);  mean, rstd: (M,) fp32.  Any N up to 16384.
 Traffic   forward 4 MN elements (read x, y; write s, o) against 5 MN unfused; backward 4 MN (read do, s, the residual's
-          gradient; write dx, which is dy too) against 6 MN; dw and db ride along.
+          gradient; write dx, which is also dy) against 6 MN; dw and db come from the same reads.
 Saves     s, mean, rstd. Not z: one multiply-add recovers it.
 Numerics  loads and reductions in fp32; the mean is subtracted before squares are summed, and its own rounding error
           after that, so that neither a large offset nor a row of equal numbers costs digits; statistics stay fp32
-          (bf16 statistics cost up to 1e-2 in dw). s is rounded to its dtype first and normalised then, so forward and
+          (bf16 statistics cost up to 1e-2 in dw). s is rounded to its dtype before it is normalised, so forward and
           backward see the same numbers.
 Order     Backward is a persistent grid: each program sums dw and db of its rows in registers and writes one row of an
           fp32 buffer of (programs, N), which is added up at the end. No atomics: the same bits every time. The next
-          rows are on their way (cp.async) while these are summed, or memory would idle for half of the time.
+          rows are prefetched (cp.async) while these are summed; else memory would idle half of the time.
 Source    Ba et al. 2016, arXiv:1607.06450.
 """
 
@@ -49,7 +49,7 @@ def _layer_norm_fwd_kernel(
         x = s.to(tl.float32)
     mean = tl.sum(x, axis=1) / N
     x = tl.where(mask, x - mean[:, None], 0.0)
-    rest = tl.sum(x, axis=1) / N  # what rounding left of the mean: rstd may magnify it 316 times (eps = 1e-5)
+    rest = tl.sum(x, axis=1) / N  # the mean's rounding error: rstd may magnify it 316 times (eps = 1e-5)
     rstd = 1 / tl.sqrt(tl.sum(x * x, axis=1) / N - rest * rest + eps)
     x -= rest[:, None]
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -65,7 +65,7 @@ def _layer_norm_bwd_kernel(
     HAS_RESIDUAL: tl.constexpr, WRITE_DY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dw_ptr and db_ptr are (PROGRAMS, N) fp32. dy is dx in another dtype, written only if it is another."""
+    """dw_ptr and db_ptr are (PROGRAMS, N) fp32. dy is dx in the other dtype, if x and y have two."""
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -102,7 +102,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(x: Tensor, y: Tensor | None, w: Tensor, b: Tensor, s: Tensor | None, eps: float, dtype: torch.dtype):
-    """o, mean and rstd of contiguous x (+ y, whose sum goes to s)."""
+    """Return o, mean and rstd of contiguous x, or of x + y, which is then written to s."""
     o, (mean, rstd) = x.new_empty(x.shape, dtype=dtype), _statistics(x)
     if x.numel():
         M, N = x.numel() // x.shape[-1], x.shape[-1]
@@ -115,7 +115,7 @@ def _forward(x: Tensor, y: Tensor | None, w: Tensor, b: Tensor, s: Tensor | None
 
 
 def _backward(ds: Tensor | None, do: Tensor, s: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor | None):
-    """dx in the dtype of s, dw and db in that of w; dy is filled if it is given."""
+    """Return dx in the dtype of s, dw and db in that of w; fill dy if it is given."""
     ds = ds if ds is None else ds.contiguous()
     do, s, w = do.contiguous(), s.contiguous(), w.contiguous()
     dx = s.new_empty(s.shape)
@@ -135,13 +135,13 @@ def _backward(ds: Tensor | None, do: Tensor, s: Tensor, w: Tensor, mean: Tensor,
 
 @op("layer_norm_fwd", fake=lambda x, w, b, eps, dtype: (x.new_empty(x.shape, dtype=dtype), *_statistics(x)))
 def layer_norm_fwd(x: Tensor, w: Tensor, b: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """o, mean, rstd."""
+    """Return o, mean, rstd."""
     return _forward(x.contiguous(), None, w, b, None, eps, dtype)
 
 
 @op("layer_norm_bwd", fake=lambda do, x, w, mean, rstd: (x.new_empty(x.shape), *(w.new_empty(w.shape) for _ in "wb")))
 def layer_norm_bwd(do: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dw, db."""
+    """Return dx, dw, db."""
     return _backward(None, do, x, w, mean, rstd, None)
 
 
@@ -154,7 +154,7 @@ def _add_layer_norm_fwd_fake(x, y, w, b, eps, dtype):
 def add_layer_norm_fwd(
     x: Tensor, y: Tensor, w: Tensor, b: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s, o, mean, rstd."""
+    """Return s, o, mean, rstd."""
     s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
     return s, *_forward(x.contiguous(), y.contiguous(), w, b, s, eps, dtype)
 
@@ -168,7 +168,7 @@ def _add_layer_norm_bwd_fake(ds, do, s, w, mean, rstd, other):
 def add_layer_norm_bwd(
     ds: Tensor | None, do: Tensor, s: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, other: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype of s, dx in the dtype `other` (empty if that is the same), dw, db."""
+    """Return dx in the dtype of s, dx in the dtype `other` (empty if that is the same), dw, db."""
     dy = s.new_empty(0 if other == s.dtype else s.shape, dtype=other)
     dx, dw, db = _backward(ds, do, s, w, mean, rstd, dy if dy.numel() else None)
     return dx, dy, dw, db
@@ -193,7 +193,7 @@ class _AddLayerNorm(torch.autograd.Function):
         s, o, mean, rstd = add_layer_norm_fwd(x, y, w, b, eps, dtype)
         ctx.save_for_backward(s, w, mean, rstd)
         ctx.dtypes = x.dtype, y.dtype
-        ctx.set_materialize_grads(False)  # the last block's stream goes nowhere: no zeros are made and read for it
+        ctx.set_materialize_grads(False)  # the last block's s has no gradient: no zeros are made and read for it
         return s, o
 
     @staticmethod
@@ -210,7 +210,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last dimension: x (..., N); w, b (N,) of x's dtype or fp32 -> (..., N).
+    """Apply LayerNorm over the last dimension: x (..., N); w, b (N,) of x's dtype or fp32 -> (..., N).
 
     Under autocast the result has its dtype, else that of x. ValueError on shapes and devices, TypeError on dtypes.
     """
@@ -219,7 +219,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def add_layer_norm(x: Tensor, y: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """(x + y, layer_norm(x + y)): x, y (..., N), whose sum keeps the wider of their dtypes; else as layer_norm."""
+    """Return x + y and layer_norm(x + y): x, y (..., N). The sum has the wider dtype; else as layer_norm."""
     _check("add_layer_norm", x, w, b)
     check_tensors("add_layer_norm", x=x, y=y)
     check_shape("add_layer_norm", "y", y, x.shape)

@@ -8,15 +8,14 @@ Targets   A row whose target is -100 counts neither in the sum nor in the mean, 
           the vocabulary makes the loss NaN; it is never used as an address. Columns from `vocab_size` on are padding:
           their logits count as minus infinity, their gradient is 0.
 Traffic   Logits are read from memory once and the gradient is written over them once. The maximum and the sum come
-          first, so each row is read again, from L2: launch.cross_entropy_block keeps the rows in work below its size.
-Chunks    linear_cross_entropy makes the logits of launch.head_rows rows at a time, their gradient in place, and from
-          it dh and the sum of dw: nothing is made again in backward, and 1 / chunks of the logits exists. A chunk may
-          take a sixteenth of the device's memory, at least 1 GiB: all of B=64, T=1024 on an H200, which is fastest;
-          a seventh of it where memory is short. In the head, the gradient is kept without its scale, which is applied
-          to dh and dw in backward: in fp16 (p - 1) / N would be 0, and loss scaling comes too late to help. dw is
-          summed in fp32.
+          first, so each row is read again, from L2: launch.cross_entropy_block keeps the rows in flight below its size.
+Chunks    linear_cross_entropy computes the logits of launch.head_rows rows at a time, their gradient in place, and from
+          it dh and the sum of dw: nothing is recomputed in backward, and 1 / chunks of the logits exists. A chunk may
+          take a sixteenth of the device's memory, at least 1 GiB: B=64, T=1024 is one chunk with 140 GB, which is
+          fastest, and seven with little memory. The gradient is kept without its scale, which backward applies to dh
+          and dw: in fp16 (p - 1) / N would be 0, and loss scaling comes too late to help. dw is summed in fp32.
 Numerics  fp32 inside. The maximum is subtracted before anything is rounded, so large logits cost no digits. Offsets
-          have 64 bits: N V passes 2^31 at B=64, T=1024.
+          have 64 bits: N V exceeds 2^31 at B=64, T=1024.
 Source    Milakov & Gimelshein 2018, arXiv:1805.02867 (one pass for maximum and sum); Wijmans et al. 2024,
           arXiv:2411.09009 (the loss without the logits).
 """
@@ -42,7 +41,7 @@ def _cross_entropy_kernel(
     x_ptr, target_ptr, dx_ptr, loss_ptr, scale_ptr, V, stride_xm, stride_dxm, vocab_size, ignore_index,
     WRITE_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A row. dx_ptr may be x_ptr. scale_ptr: one fp32 number that dx is multiplied by."""
+    """Compute the loss of a row, and dx, which may overwrite x. scale_ptr: one fp32 number that dx is multiplied by."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     dx_ptr += row * stride_dxm
@@ -55,12 +54,12 @@ def _cross_entropy_kernel(
     l = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        # two masks, since one by the odd 50257 would make every load scalar
+        # two masks, since one bounded by the odd 50257 would make every load scalar
         x = tl.load(x_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
         x = tl.where(offs_v < vocab_size, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, axis=0))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        # x - base, not x log2 e - base log2 e: the difference is exact where it counts
+        # x - base, not x log2 e - base log2 e: the difference is exact where it matters
         l = l * tl.exp2((m - base) * LOG2_E) + tl.exp2((x - base) * LOG2_E)
         m = m_new
     log2_l = tl.log2(tl.sum(l, axis=0))
@@ -72,13 +71,13 @@ def _cross_entropy_kernel(
             x = tl.load(x_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
             p = tl.exp2((x - m) * LOG2_E - log2_l)
             dx = (p - tl.where(offs_v == target, 1.0, 0.0)) * scale
-            dx = tl.where(counts & (offs_v < vocab_size), dx, 0.0)  # also where a logit that does not count is NaN
+            dx = tl.where(counts & (offs_v < vocab_size), dx, 0.0)  # also where an ignored logit is NaN
             tl.store(dx_ptr + offs_v, dx, mask=offs_v < V)
 
 
 @triton.jit
 def _scale_kernel(x_ptr, o_ptr, factor_ptr, n, PROGRAMS, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """o = x factor. In place nothing is read or written where factor is 1, and no host waits to know."""
+    """Compute o = x factor. In place, nothing is read or written if factor is 1, and the host need not know."""
     factor = tl.load(factor_ptr)
     if (factor != 1.0) | (not IN_PLACE):
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, PROGRAMS * BLOCK):
@@ -88,7 +87,7 @@ def _scale_kernel(x_ptr, o_ptr, factor_ptr, n, PROGRAMS, IN_PLACE: tl.constexpr,
 
 
 def _rows(x: Tensor, targets: Tensor, dx: Tensor | None, losses: Tensor, scale: Tensor, vocab_size: int, ignore: int):
-    """Fills losses (N,) and, if it is given, dx, which may be x."""
+    """Fill losses (N,) and, if it is given, dx, which may be x."""
     N, V = x.shape
     if not N:
         return
@@ -106,35 +105,31 @@ def _scalar(x: Tensor) -> Tensor:
 
 
 def _count(targets: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
-    """How many targets count, fp32, and their share in the gradient: 1 / count. If there are none, the mean is NaN
-    and the gradient 0, as in torch."""
+    """Return the number of targets that count, fp32, and the share of each in the gradient: 1 / count. If no target
+    counts, the mean is NaN and the gradient 0, as in torch."""
     count = (targets != ignore).sum().to(torch.float32)
     return count, count.clamp(min=1).reciprocal()
 
 
-def _first_scale(x: Tensor, share: Tensor) -> Tensor:
-    """What the gradient is multiplied by when it is made: in fp16 (p - 1) / N would be 0, so the share comes later."""
-    return torch.ones_like(share) if x.dtype == torch.float16 else share
-
-
 def _loss(x: Tensor, targets: Tensor, dx: Tensor | None, vocab_size: int, ignore: int) -> tuple[Tensor, Tensor]:
-    """The mean loss, and what dx must still be multiplied by."""
+    """Return the mean loss, and the factor by which dx is still to be multiplied."""
     losses = x.new_empty(x.shape[0], dtype=torch.float32)
     count, share = _count(targets, ignore)
-    first = _first_scale(x, share)
+    # in fp16 (p - 1) / N would be 0, so the share is applied later
+    first = torch.ones_like(share) if x.dtype == torch.float16 else share
     _rows(x, targets, dx, losses, first, vocab_size, ignore)
     return losses.sum() / count, share / first
 
 
 @op("cross_entropy_fwd", fake=lambda x, *_: _scalar(x))
 def cross_entropy_fwd(x: Tensor, targets: Tensor, vocab_size: int, ignore: int) -> Tensor:
-    """The mean loss alone."""
+    """Return the mean loss alone."""
     return _loss(x if x.stride(-1) == 1 else x.contiguous(), targets.contiguous(), None, vocab_size, ignore)[0]
 
 
 @op("cross_entropy_fwd_grad", fake=lambda x, *_: (_scalar(x), x.new_empty(x.shape), _scalar(x)))
 def cross_entropy_fwd_grad(x: Tensor, targets: Tensor, vocab_size: int, ignore: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss, dlogits in a new tensor, and what dlogits must still be multiplied by."""
+    """Return the mean loss, dlogits in a new tensor, and the factor by which dlogits is still to be multiplied."""
     dx = x.new_empty(x.shape)
     x = x if x.stride(-1) == 1 else x.contiguous()
     loss, rest = _loss(x, targets.contiguous(), dx, vocab_size, ignore)
@@ -143,19 +138,19 @@ def cross_entropy_fwd_grad(x: Tensor, targets: Tensor, vocab_size: int, ignore: 
 
 @op("cross_entropy_fwd_grad_", fake=lambda x, *_: (_scalar(x), _scalar(x)), mutates=("x",))
 def cross_entropy_fwd_grad_(x: Tensor, targets: Tensor, vocab_size: int, ignore: int) -> tuple[Tensor, Tensor]:
-    """The mean loss, and what dlogits, which now lies in x, must still be multiplied by."""
+    """Write dlogits over x; return the mean loss, and the factor by which dlogits is still to be multiplied."""
     return _loss(x, targets.contiguous(), x, vocab_size, ignore)
 
 
 @op("scale_", fake=lambda x, factor: None, mutates=("x",))
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a fp32 number on the device; free if it is 1. x is dense."""
+    """Multiply the dense x by factor, an fp32 number on the device; free if it is 1."""
     _scale(x, x, factor)
 
 
 @op("scaled", fake=lambda x, factor, dtype: x.new_empty(x.shape, dtype=dtype))
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x factor, rounded once to `dtype`. torch's product of bf16 and a fp32 number would round the number first."""
+    """Return x factor, rounded once to `dtype`: torch's product of bf16 and an fp32 number rounds the number first."""
     o = x.new_empty(x.shape, dtype=dtype)
     _scale(x.contiguous(), o, factor)
     return o
@@ -180,10 +175,8 @@ def _linear_cross_entropy_fake(h, w, targets, dtype, vocab_size, rows, need_dh, 
 def linear_cross_entropy_fwd(
     h: Tensor, w: Tensor, targets: Tensor, dtype: torch.dtype, vocab_size: int, rows: int, need_dh: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean loss; dh and dw (fp32) up to their scale, empty unless needed; 1 / number of targets.
-
-    The matmuls run in `dtype`, on `rows` rows of h at a time.
-    """
+    """Return the mean loss; dh and dw (fp32) without their scale, empty unless needed; 1 / number of targets. The
+    matmuls run in `dtype`, on `rows` rows of h at a time."""
     _, dh, dw, _ = _linear_cross_entropy_fake(h, w, targets, dtype, vocab_size, rows, need_dh, need_dw)
     h, w, targets = h.to(dtype), w.to(dtype), targets.contiguous()
     N, V = h.shape[0], w.shape[0]
@@ -205,8 +198,8 @@ def linear_cross_entropy_fwd(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a b, or += unless it is the `first`; total is fp32."""
-    if a.dtype == torch.float16:  # a sum over thousands of rows may pass 65504
+    """Add a b to the fp32 total; the `first` product overwrites it."""
+    if a.dtype == torch.float16:  # a sum over thousands of rows may exceed 65504
         product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
     else:
         product = torch.mm(a, b)
@@ -217,13 +210,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """With logits that need a gradient, which is made at once."""
+    """The loss of logits that need a gradient, which is computed at once."""
 
     @staticmethod
     def forward(ctx, x, targets, vocab_size, ignore, inplace):
         if inplace:
             loss, rest = cross_entropy_fwd_grad_(x, targets, vocab_size, ignore)
-            torch.autograd.graph.increment_version(x)  # whoever saved the logits for backward is told
+            torch.autograd.graph.increment_version(x)  # a graph that saved the logits then raises
             dx = x
         else:
             loss, dx, rest = cross_entropy_fwd_grad(x, targets, vocab_size, ignore)
@@ -235,7 +228,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         dx, rest = ctx.saved_tensors
         scale_(dx, rest * dloss)
-        torch.autograd.graph.increment_version(dx)  # so that a second backward is refused, not scaled twice
+        torch.autograd.graph.increment_version(dx)  # so that a second backward raises, and does not scale twice
         return dx, None, None, None, None
 
 
@@ -252,7 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         dh, dw, share = ctx.saved_tensors
         scale = dloss * share
-        # new tensors, not in place: a graph that was kept can be walked twice
+        # new tensors, not in place: with retain_graph, backward can run twice
         gradients = [scaled(g, scale, t) if needed else None for g, t, needed in zip((dh, dw), ctx.dtypes, ctx.needed)]
         return *gradients, *(None,) * 6
 
@@ -260,26 +253,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int = IGNORE, vocab_size: int | None = None, inplace: bool = True
 ) -> Tensor:
-    """Mean cross-entropy, fp32: logits (N, V) in fp32, bf16 or fp16, targets (N,) int64.
+    """Return the mean cross-entropy in fp32: logits (N, V) in fp32, bf16 or fp16, targets (N,) int64.
 
-    Where a gradient is needed it is made at once, over the logits: they are gone after the call. Pass inplace=False to
-    keep them, at the price of their size. Without a gradient (torch.no_grad, or logits that need none) they are only
-    read; a leaf, which is somebody's own data, is never overwritten. Columns from `vocab_size` on are padding. An empty
-    mean is NaN, as in torch; a target that is neither in the vocabulary nor `ignore_index` makes the loss NaN.
+    If a gradient is needed, it is computed at once and overwrites the logits; inplace=False keeps them, at the cost of
+    their size. Else (torch.no_grad, or logits that need no gradient) they are only read. A leaf is the caller's data
+    and never overwritten. Columns from `vocab_size` on are padding. The loss is NaN if no target counts, as in torch,
+    and if a target is neither in the vocabulary nor `ignore_index`.
     """
     vocab_size = _check("cross_entropy", "logits", logits, targets, vocab_size, logits.shape[-1])
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return cross_entropy_fwd(logits, targets, vocab_size, ignore_index)
-    # a compiler decides itself whose memory a result may take
+    # torch.compile itself decides whose memory a result may take
     dense = logits.is_contiguous() and not logits.is_leaf and not torch.compiler.is_compiling()
     return _CrossEntropy.apply(logits, targets, vocab_size, ignore_index, inplace and dense)
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
-    """cross_entropy(x w^T, targets) without ever holding all logits: x (N, C), w (V, C), targets (N,) int64 -> fp32.
+    """Return cross_entropy(x w^T, targets), fp32, a chunk of logits at a time: x (N, C), w (V, C), targets (N,) int64.
 
-    The matmuls run in autocast's dtype, or in that of x, which w must then have. Gradients are made in the forward
-    pass, where autograd is on and they are needed; backward only scales them.
+    The matmuls run in autocast's dtype, or in that of x, which w must then have. Gradients that are needed are computed
+    in the forward pass; backward only scales them.
     """
     vocab_size = _check("linear_cross_entropy", "x", x, targets, vocab_size, w.shape[0])
     check_tensors("linear_cross_entropy", not torch.is_autocast_enabled(x.device.type), x=x, w=w)
@@ -294,7 +287,7 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int 
 def _check(op: str, name: str, x: Tensor, targets: Tensor, vocab_size: int | None, V: int) -> int:
     check_tensors(op, **{name: x})
     if x.dim() != 2:
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}: it must have two dimensions, the first one rows")
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}: it must have two dimensions, rows first")
     check_device(op, name, x, "targets", targets)
     check_shape(op, "targets", targets, x.shape[:1])
     if targets.dtype != torch.int64:

@@ -1,16 +1,16 @@
-"""The one way an op of this folder is registered with torch, and what every public function asks of its arguments.
+"""The one way to register an op of this folder with torch, and the checks that public functions share.
 
 `op` registers a function as the opaque op `gpt2fast::<name>`: torch.compile calls it without looking inside, and
-learns shapes, dtypes and strides from `fake`. Autograd stays outside, in a `torch.autograd.Function` that calls the
-forward op and the backward op. Measured on torch 2.13 and 2.15: this form works eager, under
-torch.compile(fullgraph=True), opcheck and autocast also when Triton is interpreted, where `triton_op` does not (its
-body is its own fake, and interpreted kernels touch data); it costs 26 us of host time forward and backward, where
-`custom_op` with `register_autograd` costs 41.
+takes shapes, dtypes and strides from `fake`. Autograd stays outside, in a `torch.autograd.Function` that calls the
+forward op and the backward op. Measured with torch 2.13 and 2.15: this form works in eager mode, under
+torch.compile(fullgraph=True), opcheck and autocast even if Triton is interpreted, where `triton_op` does not (its body
+is its own fake, and interpreted kernels touch data); forward and backward cost 0.6 of the host time that they cost with
+`custom_op` and `register_autograd`.
 
-Rules for a registered function: it allocates its results and mutates no argument that it does not name in `mutates`;
-it returns no input and no view of one; what backward needs is among its results. `fake` allocates with
-`new_empty(shape)`, never `empty_like`, which would copy the strides of an input that the kernel does not copy.
-Backward methods are `once_differentiable`: a second derivative is refused by torch, not silently zero.
+Rules for a registered function: it allocates its results and mutates only arguments that it names in `mutates`; it
+returns no input and no view of one; what backward needs is among its results. `fake` allocates with `new_empty(shape)`,
+never `empty_like`, which would copy the strides of an input that the kernel does not copy. Backward methods are
+`once_differentiable`: torch refuses a second derivative, which would otherwise be zero without a word.
 """
 
 import functools
@@ -25,18 +25,18 @@ from gpt2fast.kernels.launch import INTERPRETED
 
 NAMESPACE = "gpt2fast"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BODIES: dict[str, Callable] = {}  # of each op: what it does, for who wants to register it in another way
+BODIES: dict[str, Callable] = {}  # the function of each op, to register it in another way
 _library = library.Library(NAMESPACE, "FRAGMENT")
 
 
 def op(name: str, *, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Decorator. The function's annotations give the schema; the result is the op, to be called like the function."""
+    """Decorate a function: its annotations give the schema; the result is the op, called like the function."""
 
     def register(fn: Callable) -> torch._ops.OpOverload:
         BODIES[name] = fn
         schema = library.infer_schema(fn, mutates_args=mutates)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # one body for every device: Triton knows which
+        # one body for every device, since Triton compiles for the current one
         _library.impl(name, _interpreted(fn) if INTERPRETED else _on_its_device(fn), "CompositeExplicitAutograd")
         library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -45,7 +45,7 @@ def op(name: str, *, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[C
 
 
 def _on_its_device(fn: Callable) -> Callable:
-    """Triton launches on the current device, which need not be that of the tensors: cuda:0 may not be it either."""
+    """Make the tensors' device the current one during the call, since Triton launches on that."""
 
     @functools.wraps(fn)
     def call(*args):
@@ -60,7 +60,7 @@ def _on_its_device(fn: Callable) -> Callable:
 
 
 def _interpreted(fn: Callable) -> Callable:
-    """Triton's interpreter takes the bits of bf16 for integers: an error here instead of numbers that are none."""
+    """Raise on bf16 instead of returning garbage if Triton's interpreter takes its bits for integers."""
 
     @functools.wraps(fn)
     def call(*args):
@@ -87,7 +87,7 @@ def _loop_kernel(n_ptr, o_ptr):
 
 
 def interpreter_fault() -> str | None:
-    """Why Triton's interpreter, if it is on, cannot run these kernels at all; None if it can."""
+    """Return why Triton's interpreter, if it is on, cannot run these kernels at all; None if it can."""
     n = torch.ones((), dtype=torch.int32)
     try:
         if INTERPRETED:
@@ -101,7 +101,7 @@ def interpreter_fault() -> str | None:
 
 
 def _interpreter_knows_bf16() -> bool:
-    """Asked anew each time, until the answer is yes: the tests repair the interpreter, and Triton may one day."""
+    """Return whether bf16 works. Tried until it does: the tests repair the interpreter, and Triton may one day."""
     global _bf16_is_right
     if not _bf16_is_right:
         x = torch.full((16,), 1.5, dtype=torch.bfloat16)
@@ -115,13 +115,13 @@ _bf16_is_right = False
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
-    """Autocast's dtype where autocast is on, else `dtype` or that of x. Autocast does not reach custom ops itself."""
+    """Return autocast's dtype if it is on, else `dtype` or that of x. Autocast itself does not reach custom ops."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype or x.dtype
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype where autocast is on; elsewhere untouched, so that a mix of dtypes is still seen."""
+    """Cast to autocast's dtype if autocast is on; else change nothing, so that mixed dtypes are still refused."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -129,7 +129,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_tensors(op: str, same_dtype: bool = False, **tensors: Tensor) -> None:
-    """All on one device on which Triton runs, and of a dtype that the kernels know; the first one sets the dtype."""
+    """Raise ValueError unless all are on one device that Triton runs on, and TypeError unless their dtypes are those of
+    the kernels and, with `same_dtype`, that of the first one."""
     (first, x), *others = tensors.items()
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -140,24 +141,24 @@ def check_tensors(op: str, same_dtype: bool = False, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {first} is {x.dtype} and {name} is {tensor.dtype}: convert one of them")
     if x.device.type in ("cpu", "mps") and not INTERPRETED:
         raise ValueError(
-            f"{op}: {first} is on {x.device}, for which Triton has no compiler: move it to a GPU that it knows, use "
-            "gpt2fast.reference, or set TRITON_INTERPRET=1 before the start"
+            f"{op}: {first} is on {x.device}, for which Triton has no compiler: move it to a GPU, use "
+            "gpt2fast.reference, or set TRITON_INTERPRET=1 before Python starts"
         )
 
 
 def check_device(op: str, first: str, x: Tensor, name: str, tensor: Tensor) -> None:
-    """ValueError unless both are on one device."""
+    """Raise ValueError unless both are on one device."""
     if tensor.device != x.device:
         raise ValueError(f"{op}: {first} is on {x.device} and {name} on {tensor.device}: move one of them")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    """ValueError unless `tensor` has that shape."""
+    """Raise ValueError unless `tensor` has that shape."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}: it must be {tuple(shape)}")
 
 
 def dot_precision() -> str:
-    """fp32 dots are exact unless the user allowed TF32 for torch's own, whichever way (the getter of the older way
-    raises where it was the newer one)."""
+    """Return the precision of fp32 dots: exact unless the user has allowed TF32 in torch, by the older or the newer
+    setting (after the newer one was used, the older one's getter raises)."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -5,12 +5,12 @@
     bias_gelu(x, b) = gelu(x + b),    db = sum_m dx
 
 Shapes    gelu: x, o of any shape. bias_gelu: x, o (..., N); b (N,).
-Traffic   forward 2 elements (read x, write o), backward 3 (read do, x; write dx); the bias and db cost nothing more,
-          where an unfused bias gradient reads dx once again.
-Saves     x. Not o, nor the tanh: both are a few instructions from x.
+Traffic   forward 2 elements (read x, write o), backward 3 (read do, x; write dx); the bias and db add nothing, where an
+          unfused bias gradient reads dx once more.
+Saves     x. Neither o nor the tanh: both are a few instructions from x.
 Numerics  fp32 inside, rounded once. 0.5 (1 + tanh u) equals sigmoid(2u) exactly, and as a sigmoid it neither cancels
-          in the left tail nor needs a library call; t is its own sigmoid, since 1 - s cancels. db is summed in fp32,
-          in an order that only M, N and the device fix: the same bits every time.
+          in the left tail nor needs a library call; t is computed as a sigmoid, since 1 - s cancels. db is summed in
+          fp32, in an order that depends only on M, N and the device: the same bits every time.
 Source    Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
 """
 
@@ -77,7 +77,7 @@ def _bias_gelu_fwd_kernel(x_ptr, b_ptr, o_ptr, M, N, BLOCK_M: tl.constexpr, BLOC
 def _bias_gelu_bwd_kernel(
     do_ptr, x_ptr, b_ptr, dx_ptr, db_ptr, M, N, PARTS, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Persistent: program (part, column block) takes every PARTS-th tile of its columns; db_ptr is (PARTS, N) fp32."""
+    """A persistent program (part, column block) takes every PARTS-th tile of its columns; db_ptr is (PARTS, N) fp32."""
     column_blocks = tl.cdiv(N, BLOCK_N)
     part = tl.program_id(0) // column_blocks
     offs_n = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -169,13 +169,16 @@ class _BiasGelu(torch.autograd.Function):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """tanh-GELU of x, any shape, fp32, bf16 or fp16; under autocast in its dtype. TypeError on another dtype."""
+    """Apply tanh-GELU to x (any shape; fp32, bf16 or fp16), under autocast in its dtype. TypeError on other dtypes."""
     check_tensors("gelu", x=x)
     return _Gelu.apply(*autocast(x))
 
 
 def bias_gelu(x: Tensor, b: Tensor) -> Tensor:
-    """gelu(x + b): x (..., N), b (N,) of one dtype (under autocast both are cast to its). ValueError, TypeError."""
+    """Return gelu(x + b): x (..., N), b (N,) of one dtype; under autocast both are cast to its dtype.
+
+    ValueError on shapes and devices; TypeError on dtypes.
+    """
     x, b = autocast(x, b)
     check_tensors("bias_gelu", same_dtype=True, x=x, b=b)
     check_shape("bias_gelu", "b", b, x.shape[-1:])

@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant(
         "if copy_at != 0:",
         "if copy_at == 1:",
-        "copies stay what they were",
+        "copies are not updated",
         "test_as_accurate_as_torchs_over_several_steps",
     ),
     Mutant(
@@ -34,25 +34,25 @@ MUTANTS = [
     Mutant(
         "squares += g * g",
         "squares = g * g",
-        "a norm of the last blocks",
+        "a norm of the last block only",
         "test_as_accurate_as_torchs_over_several_steps",
     ),
     Mutant(
         'end = tl.where(shorten < float("inf"), end, first)',
         "end = end",
-        "NaN gradients are taken",
+        "NaN gradients are applied",
         "training/test_step.py::test_weights_moments_and_step_counts_stay_bit_for_bit",
     ),
     Mutant(
         "tl.where(counts, 1.0, 0.0)",
         "1.0",
-        "steps that are left out are counted",
+        "skipped steps are counted",
         "training/test_step.py::test_weights_moments_and_step_counts_stay_bit_for_bit",
     ),
     Mutant(
         "if rows == self._rows:",
         "if self._rows:",
-        "addresses of the first step",
+        "addresses of the first step are kept",
         "test_as_accurate_as_torchs_over_several_steps",
     ),
     Mutant(

@@ -9,7 +9,7 @@ MUTANTS = [
     Mutant(
         "mask_n = offs_n < position",
         "mask_n = offs_n <= position",
-        "the new token twice",
+        "the new token counts twice",
         "test_as_accurate_as_honest_arithmetic",
     ),
     Mutant(

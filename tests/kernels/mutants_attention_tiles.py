@@ -6,13 +6,13 @@ MUTANTS = [
     Mutant(
         "end = tl.minimum(tl.maximum(first + BLOCK_M + T_k - T_q, 0), T_k)",
         "end = T_k",
-        "tiles of keys visited that nothing sees",
-        "kernels/test_attention_forward.py::test_tiles_that_nothing_sees_are_not_visited",
+        "fully masked tiles of keys are visited",
+        "kernels/test_attention_forward.py::test_fully_masked_tiles_are_not_visited",
     ),
     Mutant(
         "lo = tl.maximum(first - (T_k - T_q), 0) // BLOCK_M * BLOCK_M",
         "lo = 0",
-        "tiles of queries visited that see nothing",
+        "fully masked tiles of queries are visited",
         "kernels/test_attention_forward.py::test_flash_attention",
     ),
     Mutant(
@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant(
         'base = tl.where(m_new == float("-inf"), 0.0, m_new)',
         "base = m_new",
-        "NaN before anything is seen",
+        "NaN before the first visible key",
         "kernels/test_attention_forward.py::test_flash_attention",
     ),
     Mutant(
@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant(
         "l == 0, 1.0, l",
         "l == 0, 0.0, l",
-        "division by nothing",
+        "division by zero",
         "kernels/test_attention_forward.py::test_flash_attention",
     ),
     Mutant(

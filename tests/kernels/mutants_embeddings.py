@@ -6,10 +6,10 @@ MUTANTS = [
     Mutant(
         'other=float("nan")',
         "other=0.0",
-        "a token that there is not is silent",
-        "test_a_token_outside_the_vocabulary_is_nan_and_no_address",
+        "an unknown token does not give NaN",
+        "test_a_token_outside_the_vocabulary_gives_nan_and_is_never_an_address",
     ),
-    Mutant("(offs_m % T)", "(offs_m // T)", "another position", "test_embedding"),
+    Mutant("(offs_m % T)", "(offs_m // T)", "the embedding of another position", "test_embedding"),
     Mutant("dwpe += tl.load", "dwpe = tl.load", "dwpe of the last sequences only", "test_embedding"),
     Mutant(
         "before == LONG)",
@@ -24,6 +24,6 @@ MUTANTS = [
         "tl.where(largest < INF, dwte, not_finite)",
         "dwte",
         "infinity and NaN are forgotten",
-        "test_what_is_not_finite_stays_in_its_word_and_its_column",
+        "test_infinity_and_nan_stay_in_their_word_and_column",
     ),
 ]

@@ -13,8 +13,8 @@ MUTANTS = [
     Mutant(
         "_gelu_and_grad(h.to(tl.float32))",
         "_gelu_and_grad(acc + b.to(tl.float32)[None, :])",
-        "GELU of what is not rounded, other than backward's",
-        "test_what_backward_makes_again_are_the_same_bits",
+        "GELU of the unrounded h, unlike backward's",
+        "test_backward_recomputes_the_same_bits",
     ),
     Mutant(
         "dh = da * grad",
@@ -39,5 +39,5 @@ MUTANTS = [
         "test_as_accurate_as_torch",
         nth=1,
     ),
-    Mutant('(shared["PROGRAMS"],)', "(1,)", "only some tiles are made", "test_as_accurate_as_torch", nth=1),
+    Mutant('(shared["PROGRAMS"],)', "(1,)", "only some tiles are computed", "test_as_accurate_as_torch", nth=1),
 ]

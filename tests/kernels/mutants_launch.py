@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "6 * rounds * programs <= 7 * heads",
         "programs <= heads",
-        "a second turn for few heads",
+        "a second round for few heads",
         "test_one_pass_is_for_many_heads_whose_sums_fit_in_l2",
     ),
     Mutant(

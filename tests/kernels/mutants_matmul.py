@@ -24,13 +24,13 @@ MUTANTS = [
     Mutant(
         "offs_r.to(tl.int64)",
         "offs_r",
-        "int32 offsets of what is loaded",
+        "int32 offsets of loads",
         "kernels/test_epilogue.py::test_beyond_2_31_elements",
     ),
     Mutant(
         "offs_r.to(tl.int64)",
         "offs_r",
-        "int32 offsets of what is stored",
+        "int32 offsets of stores",
         "kernels/test_epilogue.py::test_beyond_2_31_elements",
         nth=1,
     ),

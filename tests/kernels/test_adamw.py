@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kernel
 
 CHUNK, BLOCK, _ = launch.adamw_chunk()
 LR = 1e-2
-# name -> shape, dtype of the copy, and whether the gradient is the copy's; one chunk or less unless it says otherwise
+# name -> shape, dtype of the copy, whether the gradient is the copy's. One chunk or less unless the name says more
 WEIGHTS = {
     "one": ((1,), None, False),
     "seven": ((7,), "bf16", True),
@@ -34,13 +34,13 @@ WEIGHTS = {
     "many chunks, bf16": ((3, 50304), "bf16", True),
     "accumulated in fp32": ((40, 30), "bf16", False),
     "empty": ((0, 4), "bf16", True),
-    "from zero": ((1000,), None, False),  # where the update itself is seen
+    "from zero": ((1000,), None, False),  # weights of zero show the update itself
     "not in every step": ((30, 10), "bf16", True),
 }
 
 
 class Weights:
-    """Of WEIGHTS, in `dtype`, with an optimizer in two groups, and the same gradients for all; copies if `rounded`."""
+    """WEIGHTS in `dtype`, with an optimizer of two groups and the same gradients for all; with copies if `rounded`."""
 
     def __init__(self, make, device, dtype=torch.float32, rounded=False, **options):
         self.device, self.dtype = device, dtype
@@ -77,7 +77,7 @@ class Weights:
         return optim.clip_and_step(self.optimizer, longest)
 
     def results(self) -> dict[str, Tensor]:
-        """Weights and moments; those of few numbers together."""
+        """Return weights and moments; those of few numbers are joined."""
         rows = {}
         for name, weight in self.weights.items():
             state = self.optimizer.state[weight]
@@ -110,7 +110,7 @@ def test_as_accurate_as_torchs_over_several_steps(longest, device):
         norms = [run.step(step, longest) for run in runs]
         assert (norms[1] > longest) == (longest == 0.5)
         assert_as_accurate(norms[0], norms[1], norms[2].float(), name="norm")
-        # gradients stay where they are, so that the next ones are elsewhere
+        # kept alive, so that the next gradients have other addresses
         kept += [p.grad for p in (*runs[0].weights.values(), *runs[0].copies.values())]
     assert_judged(*runs)
 
@@ -140,7 +140,7 @@ def test_the_same_bits_every_time(device):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_seen_in_the_norm(value, device):
+def test_the_norm_shows_a_gradient_that_is_not_finite(value, device):
     run = ours(device)
     run.give_gradients(0)
     run.copies["many chunks, bf16"].grad[2, 50303] = value
@@ -149,15 +149,15 @@ def test_a_gradient_that_is_not_finite_is_seen_in_the_norm(value, device):
 
 
 def at(offset: int, size: int, dtype: torch.dtype, device, guard: float = 7.0) -> tuple[Tensor, Tensor]:
-    """A tensor that begins `offset` elements after a multiple of 16 bytes; and what lies around it."""
+    """Return a tensor that begins `offset` elements after a multiple of 16 bytes, and the buffer around it."""
     around = torch.full((size + 64,), guard, dtype=dtype, device=device)
     return around[16 + offset : 16 + offset + size], around
 
 
 @pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, CHUNK + 1, CHUNK + BLOCK - 1])
 @pytest.mark.parametrize("part", [None, "weight", "gradient", "copy", "exp_avg"])
-def test_any_address_and_nothing_around_is_touched(size, part, device):
-    """Loads of 16 bytes need an address that is a multiple of 16, and a view may have another."""
+def test_any_address_works_and_nothing_around_it_changes(size, part, device):
+    """Loads of 16 bytes need an address that is a multiple of 16, which that of a view need not be."""
     offsets = {name: int(name == part) for name in ("weight", "gradient", "exp_avg", "copy")}
     dtypes = {"gradient": torch.bfloat16, "copy": torch.bfloat16}
     tensors, around = {}, {}
@@ -196,8 +196,8 @@ def test_gradients_of_any_strides(device):
 
 
 @pytest.mark.parametrize("first", ["ours", "torch's"])
-def test_either_goes_on_where_the_other_stopped(first, device):
-    """By state_dict, after three steps of five."""
+def test_either_resumes_where_the_other_stopped(first, device):
+    """It takes over the state_dict after three of five steps."""
     one, other = ours(device), torchs(device)
     if first != "ours":
         one, other = other, one
@@ -216,7 +216,7 @@ def test_either_goes_on_where_the_other_stopped(first, device):
     assert_judged(other, exact, base)
 
 
-def test_a_checkpoint_of_either_is_one_of_the_other(tmp_path, device):
+def test_each_loads_the_checkpoint_of_the_other(tmp_path, device):
     def gpt(seed, kernels=None):
         model = GPT(tiny.MODEL, build(OpsConfig()), seed).to(device)
         optimizer = optim.adamw(model, 0.1, kernels=kernels)
@@ -235,13 +235,13 @@ def test_a_checkpoint_of_either_is_one_of_the_other(tmp_path, device):
         path = checkpoint.save(tmp_path / str(number), 1, model, optimizer, {}, keep=1)
         checkpoint.load_training(path, model_, optimizer_, checkpoint.read_state(path))
         step(model, optimizer, 1), step(model_, optimizer_, 1)
-        rows = model.config.vocab_size  # gradients of the padding, which are zero in training, are not here
+        rows = model.config.vocab_size  # gradients of the padding are zero in training, but not here
         for p, q in zip(model.parameters(), model_.parameters(), strict=True):
             torch.testing.assert_close(p[:rows], q[:rows], rtol=1e-5, atol=1e-6)
 
 
-def test_the_numbers_of_a_step_stay_where_they_are(device):
-    """`update` counts the step, and a captured graph of it reads what `send_numbers` sent at the old place."""
+def test_the_numbers_of_each_step_have_the_same_address(device):
+    """A captured graph of `update` counts the step and reads the numbers where `send_numbers` has always put them."""
     run, other = ours(device), ours(device)
     table, places = run.optimizer._table, set()
     for step in (0, 2):
@@ -282,8 +282,8 @@ def test_a_captured_update_takes_the_numbers_of_its_step(device):
     assert all(map(torch.equal, captured.results().values(), plain.results().values()))
 
 
-def test_grad_scaler_may_leave_a_step_out(device):
-    """It looks at what it unscaled, on the host: fp16 is slow with this optimizer, not wrong."""
+def test_grad_scaler_may_skip_a_step(device):
+    """It checks the unscaled gradients on the host: with this optimizer fp16 is slow, not wrong."""
     weight = nn.Parameter(torch.ones(10, device=device))
     optimizer, scaler = ours_make([weight], lr=LR, fused=True), torch.amp.GradScaler(device.type)
     for value in (float("inf"), 1.0):
@@ -315,7 +315,7 @@ def bad(**changes) -> list:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(changes, error, message, monkeypatch):
+def test_bad_arguments_are_refused(changes, error, message, monkeypatch):
     monkeypatch.setattr("gpt2fast.kernels.registration.INTERPRETED", True)
     with pytest.raises(error, match=f"adamw: {message}"):
         ParameterTable(torch.device("cpu")).refresh([bad(**changes)])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kernel
 SHAPES = both.SHAPES | {
     "five heads for two programs": Shape(1, 5, 70, 200, 16),
     "three tiles of keys, queries fewer": Shape(1, 1, 150, 300, 16),
-    "three tiles of keys, queries more": Shape(1, 1, 400, 300, 16),  # the first tile of queries sees nothing
+    "three tiles of keys, queries more": Shape(1, 1, 400, 300, 16),  # the first tile of queries sees no key
     "whole tiles": Shape(1, 1, 128, 256, 16),
     "one row": Shape(1, 1, 1, 2, 16),
 }
@@ -45,7 +45,7 @@ def test_other_dtypes(dtype, one_pass, device):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_scores_far_below_zero(causal, one_pass, device):
-    """exp(0 - lse) is infinite, for the keys with which the last tile is filled up: 0 * inf must not reach dq."""
+    """exp(0 - lse) is infinite for the keys that pad the last tile: 0 * inf must not reach dq."""
     q, k, v = qkv(Shape(1, 1, 70, 150, 32), torch.float16, device)
     q, k = q * 0.1 + 30, k * 0.1 - 30
     assert (q.float() @ k.float().mT / 32**0.5).max() < -4000
@@ -57,7 +57,7 @@ def test_scores_far_below_zero(causal, one_pass, device):
     [
         partial(both.packed_is_flash_attention, 2, 130, 3, 64, "bf16"),
         both.any_strides,
-        both.tiles_that_nothing_sees_are_not_visited,
+        both.fully_masked_tiles_are_not_visited,
         partial(both.huge_logits, "fp16"),
         partial(both.values_that_are_all_equal, 40, 40, "fp16"),
     ],
@@ -69,7 +69,7 @@ def test_what_holds_for_both(test, one_pass, device):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_memory_that_was_never_written_is_not_read(causal, one_pass, device, monkeypatch):
-    """NaN in new memory: that of the scratch must not leak, that of dq, dk and dv must be overwritten."""
+    """New memory is filled with NaN: in the scratch it must not be read, in dq, dk and dv it must be overwritten."""
     inputs = qkv(Shape(1, 5, 200, 150, 16), torch.float16, device)
     want = gradients(inputs, causal)
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
@@ -89,8 +89,8 @@ def test_the_same_bits_whichever_program_has_a_head(one_pass, device, monkeypatc
 
 
 @pytest.mark.parametrize("one", [True, False])
-def test_the_rule_is_asked(one, device, monkeypatch):
-    """Kernels that are not to run are taken away."""
+def test_launch_chooses_the_kernels(one, device, monkeypatch):
+    """The kernels that must not run are removed."""
     monkeypatch.setattr(launch, "attention_one_pass", lambda *_: one)
     for name in ("dq", "dkdv") if one else ("",):
         monkeypatch.delattr(attention_forward, f"_attention_bwd_{name}_kernel".replace("__", "_"))

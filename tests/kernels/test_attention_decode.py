@@ -22,14 +22,14 @@ class Shape(NamedTuple):
     positions: list[int]
 
 
-# 128 keys at a time
+# a program reads 128 keys at a time
 SHAPES = {
     "GPT-2's": Shape(12, 192, 64, [130]),
     "the first token, and the last": Shape(2, 64, 32, [0, 63, 1]),
     "a block, one less and one more": Shape(2, 320, 32, [128, 127, 129, 256, 257]),
     "prime": Shape(3, 131, 37, [97, 5]),
     "least D": Shape(2, 40, 16, [39, 17, 20, 6]),
-    "D no power of two": Shape(2, 70, 80, [69, 33]),
+    "D not a power of two": Shape(2, 70, 80, [69, 33]),
     "largest D": Shape(1, 150, 256, [149]),
 }
 
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     H: int
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """Other tensors, which may be written to."""
+        """Return copies, which may be overwritten."""
         return Inputs(*(x.to(dtype, copy=True) for x in self[:3]), *self[3:])
 
 
@@ -54,7 +54,7 @@ def inputs(shape: Shape, dtype=torch.float32, device="cpu") -> Inputs:
 
 
 def plain(x: Inputs) -> Tensor:
-    """Row by row: the keys up to the position, and no mask."""
+    """Compute row by row, with the keys up to the position and no mask."""
     D, rows = x.k.shape[3], []
     for b, p in enumerate(x.position.tolist()):
         q, k, v = x.qkv[b].view(3, x.H, 1, D)
@@ -71,7 +71,7 @@ def test_as_accurate_as_honest_arithmetic(name, shape, dtype, device):
     got = x.to(x.k.dtype)
     o = IMPLEMENTATIONS[name](*got)
     base = plain(x.to(torch.float32)).to(x.k.dtype)
-    if name != "triton" and dtype != "fp32":  # which rounds the weights too
+    if name != "triton" and dtype != "fp32":  # torch rounds the weights too
         base = plain(x.to(x.k.dtype))
     assert_as_accurate(o, plain(x.to(torch.float64)), base, name="o")
     D = x.k.shape[3]
@@ -84,14 +84,14 @@ def test_as_accurate_as_honest_arithmetic(name, shape, dtype, device):
     assert torch.equal(got.qkv, x.qkv)
 
 
-@pytest.mark.parametrize("size", [1e-4, 100.0], ids=["all keys alike", "one key counts"])
+@pytest.mark.parametrize("size", [1e-4, 100.0], ids=["all keys alike", "one key dominates"])
 def test_other_scores(size, device):
     x = inputs(SHAPES["prime"], device=device)
     x.qkv[:, : 3 * 37] *= size
     assert_as_accurate(cached_attention(*x.to(torch.float32)), plain(x.to(torch.float64)), plain(x))
 
 
-def test_what_lies_behind_the_position_does_not_matter(device):
+def test_the_cache_after_the_position_does_not_matter(device):
     x = inputs(SHAPES["prime"], device=device)
     want = cached_attention(*x.to(torch.float32))
     x.k[1, :, 6:], x.v[1, :, 6:] = torch.nan, torch.inf
@@ -106,14 +106,14 @@ def test_a_row_has_the_same_bits_alone(device):
 
 def test_nan_in_means_nan_out(device):
     x = inputs(SHAPES["prime"], device=device)
-    x.k[0, 1, 40, 3] = torch.nan  # of row 0, head 1
+    x.k[0, 1, 40, 3] = torch.nan  # row 0, head 1
     bad = cached_attention(*x).view(2, 3, 37).isnan()
     assert bad[0, 1].all()
     assert bad.sum() == 37
 
 
 @pytest.mark.parametrize("position", [-1, 131, 2**40])
-def test_a_position_outside_the_cache_is_no_address(position, device):
+def test_a_position_outside_the_cache_is_never_an_address(position, device):
     x = inputs(SHAPES["prime"], device=device)
     x.position[0] = position
     k, v = x.k.clone(), x.v.clone()
@@ -130,7 +130,7 @@ def test_no_rows(device):
 
 
 def test_autocast(device):
-    """As attention: in its dtype, which the caches have."""
+    """It runs in autocast's dtype, which the caches must have."""
     x = inputs(SHAPES["prime"], torch.bfloat16, device)
     want = cached_attention(*x.to(torch.bfloat16))
     with torch.autocast(device.type, torch.bfloat16):

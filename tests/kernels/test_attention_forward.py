@@ -15,10 +15,10 @@ from tests.tools.attention import (
     Shape,
     any_strides,
     check,
+    fully_masked_tiles_are_not_visited,
     huge_logits,
     packed_is_flash_attention,
     qkv,
-    tiles_that_nothing_sees_are_not_visited,
     values_that_are_all_equal,
 )
 from tests.tools.inputs import DTYPES
@@ -40,14 +40,14 @@ def test_flash_attention(shape, causal, dtype, device):
     st.booleans(), st.sampled_from(["bf16", "fp16"]),
 )  # fmt: skip
 def test_any_shape(device, B, H, T_q, T_k, D, causal, dtype):
-    # from two keys on: the scores of a single one have no gradient, see test_values_that_are_all_equal
+    # at least two keys: the score of a single one has no gradient, see test_values_that_are_all_equal
     check(*qkv(Shape(B, H, T_q, T_k, D), DTYPES[dtype], device), causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values", ["offset", "tiny", "one-hot"])
 def test_other_values(values, dtype, device):
-    """Of v; what they do to q and k is the next test's."""
+    """Other values of v; for those of q and k see the next test."""
     shape = Shape(1, 1, 70, 70, 64)
     check(*qkv(shape, DTYPES[dtype], device)[:2], qkv(shape, DTYPES[dtype], device, values)[2])
 
@@ -94,8 +94,8 @@ def test_more_queries_than_16k(device):
     check(*qkv(Shape(1, 1, 16411, 3, 16), torch.float16, device), causal=False)
 
 
-def test_tiles_that_nothing_sees_are_not_visited(device):
-    tiles_that_nothing_sees_are_not_visited(device)
+def test_fully_masked_tiles_are_not_visited(device):
+    fully_masked_tiles_are_not_visited(device)
 
 
 def test_the_same_bits_every_time(device):
@@ -105,7 +105,7 @@ def test_the_same_bits_every_time(device):
         assert torch.equal(a, b)
 
 
-def test_what_cannot_be_is_refused(device):
+def test_bad_arguments_are_refused(device):
     q, k, v = qkv(Shape(1, 2, 8, 8, 16), torch.float32, device)
     refused = partial(pytest.raises, ValueError)
     with pytest.raises(TypeError, match=r"flash_attention: q is torch.float32 and k is torch.float16: convert one"):

@@ -1,4 +1,4 @@
-"""Which tiles attention visits and what they see: nothing later, to the last bit."""
+"""The tiles that attention visits, and the keys that they see: no later ones, to the last bit."""
 
 import pytest
 import torch

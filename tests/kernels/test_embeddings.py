@@ -1,4 +1,4 @@
-"""Token + position embedding against torch, forward and backward: for all bits of a sum in any order."""
+"""Token + position embedding against torch, forward and backward, and sums that have the same bits in any order."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.kernel
 
 INF, NAN = float("inf"), float("nan")
 
-# B, T, V, C, block_size: GPT-2's width; XL's, which is no power of two; primes; one token; one word, more often than
-# one warp adds; a vocabulary mostly unseen; more sequences than are added at a time; nothing
+# B, T, V, C, block_size: GPT-2's width; XL's, not a power of two; primes; one token; one word, more often than one warp
+# adds; a mostly unseen vocabulary; more sequences than are added at a time; nothing
 SHAPES = [
     (2, 9, 50, 768, 16), (1, 3, 7, 1600, 3), (3, 7, 11, 37, 13), (1, 1, 5, 1, 1), (2, LONG, 1, 48, LONG),
     (2, 5, 3000, 33, 8), (37, 2, 4, 24, 2), (0, 5, 7, 16, 5), (2, 0, 7, 16, 5),
@@ -31,7 +31,7 @@ def weights(V: int, block_size: int, C: int, device, dtype=torch.float32) -> lis
 
 
 def judge(idx: Tensor, inputs: list[Tensor], dtype: torch.dtype, **options) -> None:
-    """Truth: float64. Base: fp32, each result rounded once."""
+    """Compare with float64, and with fp32 whose results are rounded once."""
 
     def theirs(wte, wpe):
         return reference.embedding(wte, wpe, idx, wte.dtype)
@@ -64,11 +64,11 @@ def test_layouts(layout, device):
     inputs = [LAYOUTS[layout](x) for x in weights(12, 6, 40, device)]
     do = LAYOUTS[layout](normal(4, 6, 40, device=device))
     judge(idx, inputs, torch.float32, cotangents=[do])
-    judge(tokens(4, 7, 12, device)[:, :-1], inputs, torch.float32)  # as a batch is cut
+    judge(tokens(4, 7, 12, device)[:, :-1], inputs, torch.float32)  # the strides of a batch
 
 
 def rows_of(do: Tensor, idx: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """dwte in float64 and as the kernel makes it."""
+    """Return dwte in float64, and as the kernel computes it."""
     truth = torch.zeros(V, do.shape[-1], dtype=torch.float64)
     truth.index_add_(0, idx.flatten().cpu(), do.double().flatten(0, 1).cpu())
     return truth, embedding_bwd(do, idx, V, idx.shape[1], torch.float32)[0].cpu()
@@ -76,7 +76,7 @@ def rows_of(do: Tensor, idx: Tensor, V: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("n", [1, 8, 9, LONG, LONG + 1, 3 * LONG + 5], ids=str)
 def test_the_gradient_of_a_word_is_the_sum_rounded_once(n, device):
-    """At each side of what a tile and a warp take. Columns from 1e-30 to 1e30, and two that cancel."""
+    """As many positions as a tile or a warp takes, and one more; columns from 1e-30 to 1e30, one that cancels."""
     do = normal(1, n + 2, 40, device=device) * torch.logspace(-30, 30, 40, device=device)
     idx = torch.full((1, n + 2), 2, device=device)
     idx[0, n // 2], idx[0, -1] = 0, 4
@@ -89,7 +89,7 @@ def test_the_gradient_of_a_word_is_the_sum_rounded_once(n, device):
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-38, 2e37], ids=str)
 def test_the_ends_of_fp32(scale, device):
-    """Denormal gradients, and sums next to infinity or beyond it."""
+    """Denormal gradients, and sums close to the largest fp32 number and beyond it."""
     do = normal(1, 50, 16, device=device).mul(4).round() * scale
     do[0, ::2] = do[0, 1::2].abs()
     idx = torch.zeros(1, 50, dtype=torch.long, device=device)
@@ -98,9 +98,9 @@ def test_the_ends_of_fp32(scale, device):
     assert truth.float().isinf().any() == (scale == 2e37)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from numpy, in the interpreter
 @pytest.mark.parametrize("n", [3, LONG + 30], ids=str)
-def test_what_is_not_finite_stays_in_its_word_and_its_column(n, device):
+def test_infinity_and_nan_stay_in_their_word_and_column(n, device):
     do = normal(1, n + 1, 6, device=device)
     idx = torch.ones(1, n + 1, dtype=torch.long, device=device)
     idx[0, -1] = 0
@@ -117,7 +117,7 @@ def test_what_is_not_finite_stays_in_its_word_and_its_column(n, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_have_the_same_bits_in_any_order_of_the_batch(dtype, device):
-    """Buckets are filled in another order; here with it, on a GPU by chance. So dwte must not know it, bit for bit."""
+    """The order fills buckets differently here; on a GPU, chance does. dwte must not depend on it, bit for bit."""
     idx, do = tokens(40, 6, 3, device), normal(40, 6, 24, device=device, dtype=DTYPES[dtype])
     first = embedding_bwd(do, idx, 3, 6, torch.float32)
     for seed in range(3):
@@ -137,8 +137,8 @@ def test_words_and_positions_that_do_not_occur_have_gradient_zero(device):
 
 
 @pytest.mark.parametrize("token", [-1, 6, -(2**40), 2**40], ids=str)
-def test_a_token_outside_the_vocabulary_is_nan_and_no_address(token, device):
-    """torch refuses it on a CPU, and stops a GPU for good; here the loss becomes NaN, which ends a run."""
+def test_a_token_outside_the_vocabulary_gives_nan_and_is_never_an_address(token, device):
+    """torch raises on a CPU, and asserts on a GPU, which ends CUDA; here the loss becomes NaN, which ends a run."""
     idx = torch.tensor([[3, token, 5]], device=device)
     wte, wpe = weights(6, 4, 16, device)
     before, o = wte.clone(), embedding_fwd(wte, wpe, idx, torch.float32)
@@ -152,8 +152,8 @@ def test_a_token_outside_the_vocabulary_is_nan_and_no_address(token, device):
     assert torch.equal(wte, before)
 
 
-def test_each_word_is_listed_once_and_each_position_stands_in_its_bucket(device, monkeypatch):
-    """More programs than one count and scatter."""
+def test_each_word_is_listed_once_and_each_position_is_in_its_bucket(device, monkeypatch):
+    """Several programs count and scatter."""
     monkeypatch.setattr(launch, "elementwise", lambda: 64)
     idx = tokens(5, 77, 9, device) // 4
     do = normal(5, 77, 16, device=device)
@@ -176,7 +176,7 @@ def test_sizes_of_gpt2(words, dtype, device):
     judge(idx, weights(50304, 1024, 768, device), DTYPES[dtype])
 
 
-def test_what_cannot_be_is_refused(device):
+def test_bad_arguments_are_refused(device):
     (wte, wpe), idx, fp32 = weights(6, 4, 8, device), tokens(2, 3, 6, device), torch.float32
     with pytest.raises(ValueError, match=r"embedding: wpe has shape \(4, 7\): it must be \(4, 8\)"):
         embedding(wte, wpe[:, :7], idx, fp32)

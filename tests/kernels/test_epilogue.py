@@ -1,4 +1,4 @@
-"""mlp with GELU in its matmuls' epilogues, against the reference at the same dtype: operands through TMA and not."""
+"""mlp with GELU in its matmuls' epilogues, against the reference at the same dtype, with and without TMA."""
 
 from functools import partial
 
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.kernel
 SHAPES = {
     # rows, C, F
     "GPT-2's depth": (4, 768, 520),
-    "more tiles than programs, of rows too": (1100, 32, 136),
-    "more rows than a tile, no multiple": (150, 48, 200),
-    "prime, whose rows TMA cannot reach": (131, 37, 149),
+    "more tiles than programs, also of rows": (1100, 32, 136),
+    "more rows than a tile, not a multiple": (150, 48, 200),
+    "prime, so TMA cannot reach its rows": (131, 37, 149),
     "one row": (1, 48, 200),
     "one of each": (1, 1, 1),
-    "only F is out of TMA's reach": (5, 64, 100),
+    "TMA cannot reach rows of F": (5, 64, 100),
     "empty": (0, 48, 200),
 }
 
@@ -35,7 +35,7 @@ def inputs(M: int, C: int, F: int, dtype: torch.dtype, device, lead: tuple = ())
 
 
 def base(inputs, cotangents):
-    """torch's own, which rounds dy proj_w as well."""
+    """The arithmetic of torch, which rounds dy proj_w as well."""
     return outputs_and_gradients(reference.mlp, inputs, cotangents)
 
 
@@ -65,23 +65,23 @@ def test_leading_dimensions(lead, device):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype, device):
-    """Offset by one: dense, but not where TMA can reach it."""
+    """Among them one that is dense, but at an address that TMA cannot reach."""
     check(mlp, [LAYOUTS[layout](x) for x in inputs(7, 48, 200, DTYPES[dtype], device)])
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
 @pytest.mark.parametrize("tma", [False, True])
 def test_tiles_of_every_architecture(capability, tma, device, monkeypatch):
-    """In halves and quarters of columns, in steps of 32 and of 64: each must give the same numbers."""
+    """Halves and quarters of columns, steps of 32 and of 64: all must give the same numbers."""
     if device.type == "cuda" and (capability[0] != torch.cuda.get_device_capability()[0] or tma != (capability[0] > 8)):
-        pytest.skip("another architecture's")
+        pytest.skip("for another architecture")
     monkeypatch.setattr(launch, "capability", lambda device: capability)
     monkeypatch.setattr(launch, "matmul_tma", lambda dtype, capability: tma)
     check(mlp, inputs(150, 72, 296, torch.float16, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_backward_makes_again_are_the_same_bits(dtype, device):
+def test_backward_recomputes_the_same_bits(dtype, device):
     x, fc_w, fc_b, proj_w, _ = inputs(150, 48, 200, DTYPES[dtype], device)
     h, a = linear_gelu_fwd(x, fc_w, fc_b)
     assert torch.equal(linear_gelu_bwd(x, proj_w, h)[1], a)
@@ -94,7 +94,7 @@ def test_the_same_bits_every_time(device):
 
 
 def test_the_bias_gradient_is_summed_before_it_is_rounded(device):
-    """In fp16 each of these dh is less than half of the smallest number that there is."""
+    """Each of these dh is less than half of the smallest fp16 number."""
     M = 1000
     dy, proj_w = (torch.full(shape, 1e-4, dtype=torch.float16, device=device) for shape in ((M, 1), (1, 8)))
     h = torch.full((M, 8), 10.0, dtype=torch.float16, device=device)  # gelu' = 1
@@ -105,7 +105,7 @@ def test_the_bias_gradient_is_summed_before_it_is_rounded(device):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_far_ends(dtype, device):
-    """gelu and gelu' of h where sigmoid is 0 or 1, and of what is no number."""
+    """gelu and gelu' of h where the sigmoid is 0 or 1, and of NaN."""
     h = torch.tensor([-1e10, -1e4, -20.0, -0.0, 0.0, 20.0, 1e4, 1e10, float("nan")], device=device).to(DTYPES[dtype])
     one = torch.ones(1, 1, device=device, dtype=h.dtype)
     dh, a, db = linear_gelu_bwd(one, one.expand(1, 9), h[None])
@@ -128,7 +128,7 @@ def test_the_left_tail_keeps_its_digits(device):
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (1, 2, 3, 4), (0, 2)], ids=str)
-def test_gradients_of_some(needed, device):
+def test_only_needed_gradients_are_computed(needed, device):
     given = inputs(7, 48, 200, torch.bfloat16, device)
     every = outputs_and_gradients(mlp, given)
     leaves = [x.clone().requires_grad_(i in needed) for i, x in enumerate(given)]
@@ -141,7 +141,7 @@ def test_gradients_of_some(needed, device):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_autocast(dtype, device):
-    """fp32 weights, and x as LayerNorm leaves it: the results of inputs in autocast's dtype, gradients in their own."""
+    """fp32 weights, and x from LayerNorm: results as for inputs in autocast's dtype, gradients in the inputs' own."""
     given = inputs(7, 48, 200, torch.float32, device)
     given[0] = given[0].to(DTYPES[dtype])
     low = [x.to(DTYPES[dtype]) for x in given]
@@ -157,7 +157,7 @@ def test_autocast(dtype, device):
 
 
 def test_only_x_h_and_the_weights_are_kept(device):
-    """a would be as much again."""
+    """a would be as large as h."""
     given = [x.requires_grad_() for x in inputs(150, 48, 200, torch.bfloat16, device)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
@@ -166,7 +166,7 @@ def test_only_x_h_and_the_weights_are_kept(device):
 
 
 def test_beyond_2_31_elements(run_python):
-    """The last tile of an h, and so on, of 2^31 elements and some more, of which no other page exists."""
+    """Run the last tile of matrices of more than 2^31 elements, of which no other page exists."""
     code = """
 import sys
 import torch
@@ -207,7 +207,7 @@ def test_compiled_as_one_graph(dynamic, backend, device):
         check(compiled, inputs(M, 48, 200, torch.bfloat16, device))
 
 
-def test_what_cannot_be_is_refused(device):
+def test_bad_arguments_are_refused(device):
     x, fc_w, fc_b, proj_w, proj_b = inputs(4, 8, 16, torch.float32, device)
     with pytest.raises(TypeError, match=r"mlp: x is torch.float32 and proj_b is torch.bfloat16: convert one of them"):
         mlp(x, fc_w, fc_b, proj_w, proj_b.bfloat16())

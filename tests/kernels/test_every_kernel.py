@@ -1,4 +1,4 @@
-"""What all kernels share: torch's compiler, checker, autocast, checkpointing, DDP, graph capture take each of them."""
+"""Every kernel with torch's compiler, opcheck, autocast, checkpointing, DDP and graph capture."""
 
 import importlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ TARGETS = torch.tensor([0, 5, -100, 59, 17, 3])
 
 
 class Call(NamedTuple):
-    """A public function of floating-point inputs, which `inputs` makes."""
+    """A public function, and its floating-point `inputs`."""
 
     fn: Callable
     inputs: list[Tensor]
@@ -56,7 +56,7 @@ NAMES = list(public())
 
 
 def registered() -> dict[str, list[tuple]]:
-    """Arguments for every op of the namespace: plain ones, and layouts that the fake must not copy."""
+    """Return arguments for every op of the namespace: plain ones, and layouts that the fake must not copy."""
     n = normal
     x, y, b, wide = n(6, 48), n(6, 48, seed=1), n(48, seed=2), n(48, 6).t()
     mean, rstd = n(6), n(6).abs() + 1
@@ -113,7 +113,7 @@ def to(device, args):
 
 
 def gradients(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs, then gradients, for a fixed direction."""
+    """Return outputs, then gradients for fixed cotangents."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = fn(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -182,7 +182,7 @@ def test_compiled_for_any_shape(name, backend, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast(name, device):
-    """fp32 inputs under autocast: the results of inputs in its dtype, and gradients in the inputs' own."""
+    """fp32 inputs under autocast: results as for inputs in its dtype, gradients in the inputs' own."""
     call = public(device)[name]
     with torch.autocast(device.type, torch.bfloat16):
         got = gradients(*call)
@@ -190,7 +190,7 @@ def test_autocast(name, device):
     loss, stream = "cross_entropy" in name or name == "embedding", name == "add_layer_norm"
     assert [o.dtype for o in outputs] == [torch.float32] * (loss or stream) + [torch.bfloat16] * (not loss)
     assert all(g.dtype == torch.float32 for g in dx)
-    if name in ("embedding", "layer_norm", "add_layer_norm", "cross_entropy"):  # these take their inputs as they are
+    if name in ("embedding", "layer_norm", "add_layer_norm", "cross_entropy"):  # these do not cast their inputs
         want = gradients(*call)
         for g, w in zip(got, want):
             torch.testing.assert_close(g.float(), w, rtol=0.02, atol=0.02)
@@ -250,7 +250,7 @@ def work(rank, path):
         for p, q in zip(gpt.module.parameters(), alone.parameters()):
             torch.testing.assert_close(p.grad, q.grad)
         print("equal")
-    distributed.barrier()  # a gloo process that leaves before the other one dies, once in twenty times
+    distributed.barrier()  # a gloo process that exits before the other one crashes, once in twenty times
     distributed.destroy_process_group()
 
 IDX = torch.arange(16).view(2, 1, 8)
@@ -288,7 +288,7 @@ def test_captured_in_a_cuda_graph(name, device):
 
 
 @pytest.mark.parametrize("module", ["attention_forward", "embeddings", "epilogue", "layernorm", "loss", "tanh_gelu"])
-def test_kernels_are_named_as_profiles_and_readers_expect(module):
+def test_names_of_kernels_begin_with_an_underscore(module):
     found = [name for name in vars(importlib.import_module(f"gpt2fast.kernels.{module}")) if name.endswith("_kernel")]
     assert found
     assert all(name.startswith("_") for name in found)

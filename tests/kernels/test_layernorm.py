@@ -15,8 +15,8 @@ pytestmark = pytest.mark.kernel
 
 EPS = 1e-5
 
-# (rows, columns): GPT-2's, XL's 1600, which is no power of two, the widest, primes, one row, one column, more rows than
-# programs of the backward have at a time, no rows
+# (rows, columns): GPT-2's; XL's 1600, not a power of two; the widest; primes; one row; one column; more rows than the
+# programs of the backward take at a time; no rows
 SHAPES = [(9, 768), (5, 1600), (2, 16384), (13, 37), (1, 64), (6, 1), (100, 33), (0, 768)]
 
 
@@ -37,7 +37,7 @@ def added_reference(x, y, w, b):
 
 
 def rounded_sum_reference(dtype):
-    """The sum is a result, so it is rounded to its dtype; LayerNorm sees the rounded sum."""
+    """The sum is a result, so it is rounded to its dtype; LayerNorm takes the rounded sum."""
 
     def fn(x, y, w, b):
         s = x + y
@@ -108,7 +108,7 @@ def test_sizes_of_gpt2(N, device):
     assert_kernel_is_as_accurate(added, rounded_sum_reference(x.dtype), [x, y, *weights(N, torch.float32, device)])
 
 
-def test_half_the_outputs_may_go_unused(device):
+def test_half_of_the_outputs_may_be_unused(device):
     x, y = (normal(5, 48, device=device, seed=seed).requires_grad_() for seed in (0, 1))
     w, b = (t.requires_grad_() for t in weights(48, torch.float32, device))
     for i in (0, 1):
@@ -141,7 +141,7 @@ def test_gradients_of_weights_are_the_same_every_time(device):
     assert torch.equal(first, second)
 
 
-def test_what_cannot_be_is_refused(device):
+def test_bad_arguments_are_refused(device):
     x, (w, b) = normal(4, 8, device=device), weights(8, torch.float32, device)
     with pytest.raises(ValueError, match=r"layer_norm: w has shape \(7,\): it must be \(8,\)"):
         plain(x, w[:7], b)

@@ -1,4 +1,4 @@
-"""Cross-entropy and linear + cross-entropy against torch: values, gradients, what is overwritten."""
+"""Cross-entropy and linear + cross-entropy against torch: values, gradients, and which logits are overwritten."""
 
 from functools import partial
 
@@ -16,16 +16,16 @@ from tests.tools.inputs import DTYPES, normal
 pytestmark = pytest.mark.kernel
 
 
-# rows, columns, of which the last are padding: GPT-2's vocabulary, wider than a block, odd, one column, one row
+# rows, columns, how many of them are padding: GPT-2's vocabulary, wider than a block, odd, one column, one row
 SHAPES = [(3, 50304, 47), (4, 9001, 0), (13, 37, 5), (5, 1, 0), (1, 64, 1)]
 
 
-# A gradient is a share of 1 / N: of 512 rows, fp16 loses it if it is not scaled in time
+# A row's share of the gradient is 1 / N: with 512 rows, fp16 loses it if it is not scaled in time
 ROWS_SCALED = [64, pytest.param(512, marks=pytest.mark.long)]
 
 
 def targets_of(N, V, device, ignored=True, seed=0):
-    """The first and the last word are among them; every fourth row is ignored."""
+    """Return targets that include the first and the last word; every fourth row is ignored."""
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed + N))
     targets[:1], targets[-1:] = 0, V - 1
     if ignored and N > 2:
@@ -39,7 +39,7 @@ def plain_reference(x, targets, vocab_size):
 
 
 def twice_rounded(inputs, cotangents, targets, vocab_size):
-    """A gradient that is made before its scale is known: rounded when made, and when scaled."""
+    """The gradient as computed before its scale is known: rounded then, and again when it is scaled."""
     (x,) = inputs
     leaf = x.float().requires_grad_()
     loss = plain_reference(leaf, targets, vocab_size)
@@ -53,7 +53,7 @@ def check(x, targets, vocab_size):
     flags = {"targets": targets, "vocab_size": vocab_size}
     kernel, judge, base = (partial(fn, **flags) for fn in (cross_entropy, plain_reference, twice_rounded))
     assert_kernel_is_as_accurate(kernel, judge, [x], base=base)
-    one = torch.ones((), device=x.device)  # loss.backward(): the gradient is not touched again, but in fp16
+    one = torch.ones((), device=x.device)  # as loss.backward(): only in fp16 is the gradient scaled afterwards
     assert_kernel_is_as_accurate(kernel, judge, [x], base=base if x.dtype == torch.half else None, cotangents=[one])
     got = outputs_and_gradients(kernel, [x])
     assert got.outputs[0].dtype == torch.float32
@@ -94,7 +94,7 @@ def test_any_shape(device, N, V, padding, dtype):
     check(normal(N, V + padding, dtype=DTYPES[dtype], device=device), targets_of(N, V, device), V)
 
 
-def test_padding_never_wins(device):
+def test_padding_never_counts(device):
     x = normal(4, 64, device=device)
     targets = targets_of(4, 50, device)
     x[:, 50:] = 1e4
@@ -106,7 +106,7 @@ def test_padding_never_wins(device):
     assert leaf.grad.isfinite().all()
 
 
-def test_the_gradient_takes_the_place_of_logits_that_were_computed(device):
+def test_the_gradient_overwrites_logits_that_were_computed(device):
     x = normal(4, 64, device=device).requires_grad_()
     targets = targets_of(4, 64, device)
     logits = x * 1.0
@@ -131,14 +131,14 @@ def test_logits_that_are_kept(why, device):
     assert torch.equal(logits, before)
 
 
-def test_whoever_saved_the_logits_is_told(device):
+def test_an_op_that_saved_the_logits_raises_in_backward(device):
     logits = normal(4, 64, device=device).requires_grad_().tanh()  # tanh saves its result
     loss = cross_entropy(logits, targets_of(4, 64, device))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_whoever_saved_the_logits_is_told_before_the_loss_has_gone_backward(device):
+def test_another_graph_that_saved_the_logits_raises_in_backward(device):
     logits = normal(4, 64, device=device).requires_grad_() * 1.0
     penalty = logits.square().sum()  # saves logits
     cross_entropy(logits, targets_of(4, 64, device))
@@ -146,7 +146,7 @@ def test_whoever_saved_the_logits_is_told_before_the_loss_has_gone_backward(devi
         penalty.backward()
 
 
-def test_a_second_backward_is_refused_where_the_gradient_was_scaled_in_place(device):
+def test_a_second_backward_raises_if_the_gradient_was_scaled_in_place(device):
     x = normal(4, 64, device=device).requires_grad_()
     loss = cross_entropy(x * 1.0, targets_of(4, 64, device)) * 3.0
     loss.backward(retain_graph=True)
@@ -158,7 +158,7 @@ def test_a_second_backward_is_refused_where_the_gradient_was_scaled_in_place(dev
 @pytest.mark.parametrize("scale", [1.0, 0.125, 65536.0])
 @pytest.mark.parametrize("N", ROWS_SCALED)
 def test_gradient_scaling(N, scale, dtype, device):
-    """As GradScaler and accumulation do it: fp16's tiny gradients survive because they are scaled in time."""
+    """Scale as GradScaler and accumulation do: tiny gradients survive in fp16 because they are scaled in time."""
     V = 256
     x = normal(N, V, dtype=DTYPES[dtype], device=device)
     targets = targets_of(N, V, device)
@@ -172,7 +172,7 @@ def test_gradient_scaling(N, scale, dtype, device):
 
 
 def test_tiny_gradients_survive_in_fp16(device):
-    """Of the words that are no target: p / N is where fp16 has few bits, and times GradScaler's scale it has all."""
+    """For words that are not a target, p / N has few bits in fp16; times GradScaler's scale it has all of them."""
     N, V, scale = 64, 2048, 65536.0
     x, targets = normal(N, V, dtype=torch.half, device=device), targets_of(N, V, device, ignored=False)
     got = outputs_and_gradients(lambda x: cross_entropy(x, targets) * scale, [x])
@@ -184,7 +184,7 @@ def test_tiny_gradients_survive_in_fp16(device):
     assert_as_accurate(got, truth, base)
 
 
-def test_targets_that_do_not_exist_make_the_loss_nan(device):
+def test_targets_outside_the_vocabulary_make_the_loss_nan(device):
     x = normal(3, 64, device=device)
     for bad in (64, 60, -1, 2**40, -(2**40)):  # 60 is padding
         targets = torch.tensor([1, bad, 2], device=device)
@@ -193,7 +193,7 @@ def test_targets_that_do_not_exist_make_the_loss_nan(device):
 
 
 def test_nothing_to_average(device):
-    """As in torch: a loss of NaN, and gradients of zero, which do not spoil those of other batches."""
+    """As in torch, the loss is NaN, and the gradients are zero, so that other batches' gradients stay right."""
     ignored = torch.full((3,), -100, device=device)
     x, w = normal(3, 8, device=device).requires_grad_(), normal(20, 8, device=device).requires_grad_()
     for call in (lambda: cross_entropy(x, ignored), lambda: linear_cross_entropy(x, w, ignored)):
@@ -219,17 +219,16 @@ def test_any_strides(device):
 
 
 def honest_head(inputs, cotangents, targets, vocab_size):
-    """torch's matmuls at the dtype, the loss in fp32, dlogits rounded to the dtype."""
+    """The head in torch: matmuls at the dtype, the loss in fp32, dlogits rounded to the dtype."""
     x, w = inputs
     logits = (x @ w.t()).float()[:, :vocab_size].requires_grad_()
     loss = F.cross_entropy(logits, targets)
     count = (targets != -100).sum()
     (dlogits,) = torch.autograd.grad(loss, logits)
-    dlogits = F.pad(dlogits * count, (0, w.shape[0] - vocab_size)).to(
-        x.dtype
-    )  # its scale comes later, as in the kernel
+    # scaled later, as in the kernel
+    dlogits = F.pad(dlogits * count, (0, w.shape[0] - vocab_size)).to(x.dtype)
     scale = cotangents[0] / count
-    # scaled in fp32: torch would round a scale of no dimension to the dtype first, and so be wrong everywhere by 2^-9
+    # scaled in fp32: torch would first round a 0-d scale to the dtype, an error of 2^-9 in every element
     dx, dw = ((m.float() * scale).to(x.dtype) for m in (dlogits @ w, (dlogits.t().float() @ x.float()).to(x.dtype)))
     return Results([loss.detach()], [dx.to(x.dtype), dw.to(x.dtype)], list(cotangents))
 
@@ -267,9 +266,9 @@ def test_sizes_of_gpt2(C, device):
     check_head(x, w * C**-0.5, targets_of(12000, 50257, device), 50257)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks torch's CPU allocator what it gave")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures torch's CPU allocator")
 def test_logits_never_exist_at_once(monkeypatch):
-    """The largest piece of memory that is asked for holds one chunk of logits."""
+    """The largest allocation holds one chunk of logits."""
     monkeypatch.setattr(launch, "head_rows", lambda *_: 8)
     x, w, targets = normal(64, 4).requires_grad_(), normal(100, 4, seed=1).requires_grad_(), targets_of(64, 100, "cpu")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -295,7 +294,7 @@ def test_gradient_scaling_of_the_head(N, scale, dtype, device):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_scale_is_not_rounded_to_the_gradients_dtype(dtype, device):
-    """A factor between two numbers of the dtype: rounded, it would shift every gradient by the same 0.3% or 0.04%."""
+    """The factor lies between two numbers of the dtype: rounded, it would change every gradient by 0.3% or 0.04%."""
     x, w = (
         normal(64, 64, dtype=DTYPES[dtype], device=device),
         normal(256, 64, dtype=DTYPES[dtype], device=device, seed=1),
@@ -321,7 +320,7 @@ def test_accumulation_and_a_kept_graph(device):
 
 
 @pytest.mark.parametrize("needs", ["neither", "x", "w", "both, no_grad"])
-def test_only_needed_gradients_are_made(needs, device):
+def test_only_needed_gradients_are_computed(needs, device):
     x, w = normal(20, 8, device=device), normal(64, 8, device=device, seed=1)
     targets = targets_of(20, 60, device)
     x.requires_grad_(needs in ("x", "both, no_grad")), w.requires_grad_(needs in ("w", "both, no_grad"))
@@ -335,7 +334,7 @@ def test_only_needed_gradients_are_made(needs, device):
         torch.testing.assert_close((x if needs == "x" else w).grad, want)
 
 
-def test_what_cannot_be_is_refused(device):
+def test_bad_arguments_are_refused(device):
     x, w, targets = normal(4, 8, device=device), normal(64, 8, device=device), targets_of(4, 64, device)
     with pytest.raises(TypeError, match=r"cross_entropy: targets are torch.int32: they must be int64"):
         cross_entropy(x, targets.int())

@@ -1,4 +1,4 @@
-"""The matmul that kernels share: what TMA can reach, and what it cannot."""
+"""The parts of a matmul that kernels share: which operands TMA can reach."""
 
 from functools import partial
 
@@ -25,12 +25,12 @@ def inputs(M: int, C: int, F: int, dtype: torch.dtype, device, lead: tuple = ())
         ((9, 48, 200), "bf16", [True, True]),
         ((9, 48, 200), "fp16", [True, True]),
         ((9, 48, 200), "fp32", [False, False]),
-        ((9, 37, 200), "bf16", [False, False]),  # rows of x, fc_w and dy of 74 bytes
-        ((9, 48, 100), "bf16", [True, False]),  # rows of proj_w of 200 bytes
+        ((9, 37, 200), "bf16", [False, False]),  # rows of x, fc_w and dy have 74 bytes
+        ((9, 48, 100), "bf16", [True, False]),  # rows of proj_w have 200 bytes
     ],
 )
-def test_tma_takes_what_it_can_reach(shape, dtype, wanted, device, monkeypatch):
-    """The tests above see both ways; this one that they do."""
+def test_tma_loads_the_operands_that_it_can_reach(shape, dtype, wanted, device, monkeypatch):
+    """The tests of epilogue.py cover both ways of loading; this one shows which operands take which."""
     used = []
     monkeypatch.setattr(launch, "capability", lambda device: (9, 0))
     monkeypatch.setattr(epilogue, "matrix", lambda x, tma, *block: used.append(tma) or matmul.matrix(x, False))

@@ -1,8 +1,8 @@
-"""Offsets beyond 2^31 elements, on a small machine: in another process, since an int32 offset reads outside and dies.
+"""Offsets beyond 2^31 elements, with little memory: in a process of their own, which an int32 offset makes crash.
 
-Strided inputs take only address space (rows 2^30 elements apart, never touched in between). A kernel over contiguous
-rows runs one program near the end of a matrix of more than 2^31 elements, of which no other page exists. The stride
-stays below 2^31, or Triton would pass it as int64 and hide the fault.
+Strided inputs take only address space (rows are 2^30 elements apart, and nothing in between is touched). A kernel over
+contiguous rows runs one program near the end of a matrix of more than 2^31 elements, of which no other page exists. The
+stride stays below 2^31, or Triton would pass it as int64 and hide the fault.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A toy op goes through the one way of registering: eager, compiled, checked by torch, autocast, odd layouts."""
+"""A toy op, registered like all others: eager, compiled, checked by torch, under autocast, with odd layouts."""
 
 import contextlib
 from types import SimpleNamespace
@@ -119,7 +119,7 @@ def test_torchs_own_checks_of_schema_and_fake(x):
 
 
 def test_the_fake_promises_the_strides_that_the_op_returns(x):
-    # opcheck of torch 2.11 does not look at strides
+    # opcheck of torch 2.11 does not compare strides
     with FakeTensorMode() as mode:
         promised = silu_fwd(mode.from_tensor(x))
     real = silu_fwd(x)
@@ -132,7 +132,7 @@ def test_autocast_does_not_reach_inside(device):
         check(silu, x)
 
 
-def test_the_op_stands_in_torchs_namespace_and_is_called_like_the_function(device):
+def test_the_op_is_in_torchs_namespace_and_is_called_like_the_function(device):
     x = LAYOUTS["contiguous"](device)
     assert silu_fwd is torch.ops.gpt2fast.toy_silu_fwd.default
     assert str(silu_bwd._schema) == "gpt2fast::toy_silu_bwd(Tensor x, Tensor do) -> Tensor"

@@ -52,7 +52,7 @@ def test_layouts(layout, device):
     assert_kernel_is_as_accurate(bias_gelu, bias_reference, [x, b])
 
 
-# (rows, columns): GPT-2's, XL's 6400, primes, one row, one column, more rows and columns than a tile, no rows
+# (rows, columns): GPT-2's; XL's 6400; primes; one row; one column; more rows and columns than a tile; no rows
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 3072), (2, 6400), (13, 17), (1, 300), (300, 1), (600, 700), (0, 8)])
 def test_bias_gelu(shape, dtype, device):
@@ -97,7 +97,7 @@ def test_the_bias_gradient_is_the_same_every_time(device):
     assert torch.equal(first, second)
 
 
-def test_what_cannot_be_is_refused(device):
+def test_bad_arguments_are_refused(device):
     x, b = normal(4, 8, device=device), normal(8, device=device)
     with pytest.raises(TypeError, match=r"bias_gelu: x is torch.float32 and b is torch.bfloat16: convert one of them"):
         bias_gelu(x, b.bfloat16())

@@ -1,4 +1,4 @@
-"""Attention's yardstick: softmax(q k^T) v in float64, and flash attention's honest arithmetic at a dtype."""
+"""The references of attention: softmax(q k^T) v in float64, and FlashAttention's arithmetic at a dtype."""
 
 import math
 from functools import partial
@@ -23,16 +23,16 @@ class Shape(NamedTuple):
     D: int
 
 
-# Tiles are 64 to 128 positions, of sm_90, which the interpreter walks too
+# Tiles have 64 to 128 positions, those of sm_90, also in the interpreter
 SHAPES = {
     "GPT-2's, two tiles": Shape(1, 2, 256, 256, 64),
     "prime": Shape(1, 1, 131, 131, 64),
     "a tile and a bit": Shape(1, 1, 129, 129, 64),
     "decoding": Shape(2, 2, 1, 150, 64),
     "more keys than queries": Shape(1, 1, 70, 200, 32),
-    "more queries than keys": Shape(1, 1, 200, 70, 32),  # causal: the first 130 queries see nothing
+    "more queries than keys": Shape(1, 1, 200, 70, 32),  # causal: the first 130 queries see no key
     "least D": Shape(1, 1, 40, 40, 16),
-    "D no power of two": Shape(1, 2, 70, 70, 80),
+    "D not a power of two": Shape(1, 2, 70, 70, 80),
     "odd D": Shape(1, 1, 33, 33, 19),
     "D 128": Shape(1, 1, 70, 70, 128),
     "largest D": Shape(1, 1, 40, 40, 256),
@@ -43,14 +43,14 @@ SHAPES = {
 
 
 def mask(q, k, causal):
-    """Which key each query sees: the diagonal ends at the last of both."""
+    """Return which keys each query sees: the diagonal ends at the last query and the last key."""
     T_q, T_k = q.shape[-2], k.shape[-2]
     visible = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device)
     return visible.tril(T_k - T_q) if causal else visible
 
 
 def truth(q, k, v, causal=True, scale=None):
-    """softmax(scale q k^T) v, and zeros where nothing is visible."""
+    """Return softmax(scale q k^T) v, and zeros where no key is visible."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     visible = mask(q, k, causal)
     s = (q @ k.mT * scale).masked_fill(~visible, torch.finfo(q.dtype).min)
@@ -58,9 +58,9 @@ def truth(q, k, v, causal=True, scale=None):
 
 
 def honest(inputs, cotangents, causal=True, scale=None):
-    """FlashAttention's arithmetic in fp32 (arXiv:2205.14135): scores added up one product after the other, in base 2
-    with the scale folded in, as its exp2 wants them; backward makes them again, in another order, and p from lse; p, ds
-    and o are rounded to the dtype."""
+    """Follow FlashAttention's arithmetic in fp32 (arXiv:2205.14135): scores are added up one product after the other,
+    in base 2 with the scale folded in, as its exp2 needs them; backward recomputes them, in another order, and p from
+    lse; p, ds and o are rounded to the dtype."""
     dtype = inputs[0].dtype
 
     def rounded(x):
@@ -99,18 +99,18 @@ def qkv(shape, dtype, device, values="normal"):
     return make(B, H, T_q, D, seed=1), make(B, H, T_k, D, seed=2), make(B, H, T_k, D, seed=3)
 
 
-# ---- what holds for both ways of going backward
+# ---- tests of both backwards
 
 
 def huge_logits(dtype, device):
-    # nearly all rows are one-hot: the errors are those of the few where two keys draw
+    # nearly all rows are one-hot: errors come from the few rows in which two keys tie
     q, k, v = qkv(Shape(1, 1, 70, 70, 64), DTYPES[dtype], device)
     check(q * 100, k * 16, v, few=math.inf)
     assert (q.float() @ k.float().mT * 100 * 16 / 8).max() > 5e3
 
 
 def values_that_are_all_equal(T_q, T_k, dtype, device):
-    """o is that value, and the scores have no gradient: what is left of it is rounding, of the size of do v."""
+    """o is that value, and the gradient of the scores is zero but for rounding errors of the size of do v."""
     q, k, v = qkv(Shape(1, 2, T_q, T_k, 32), DTYPES[dtype], device)
     v = v[:, :, :1].expand_as(v)
     got = outputs_and_gradients(partial(flash_attention, causal=False), [q, k, v])
@@ -121,7 +121,7 @@ def values_that_are_all_equal(T_q, T_k, dtype, device):
 
 
 def any_strides(device):
-    """Of (B, T, H, D) projections, of every other position, of every other feature, and of an expanded gradient."""
+    """(B, T, H, D) projections, every other position, every other feature, and an expanded gradient."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(Shape(2, 2, 40, 40, 32), torch.half, device))
     check(q, k[..., ::1], v)
     wide = qkv(Shape(2, 2, 80, 80, 64), torch.half, device)
@@ -135,7 +135,7 @@ def any_strides(device):
 
 
 def packed_is_flash_attention(B, T, n_head, D, dtype, device):
-    """The same bits as flash_attention on the parts, whose accuracy is tested above; the gradient packed."""
+    """The bits are those of flash_attention on the parts, whose accuracy is tested above; the gradient is packed."""
     packed = normal(B, T, 3 * n_head * D, dtype=DTYPES[dtype], device=device)
     got = outputs_and_gradients(partial(attention, n_head=n_head), [packed])
 
@@ -151,8 +151,8 @@ def packed_is_flash_attention(B, T, n_head, D, dtype, device):
     assert got.gradients[0].is_contiguous()
 
 
-def tiles_that_nothing_sees_are_not_visited(device):
-    """A NaN there would become 0 * NaN: keys of the second tile for queries of the first, and the other way round."""
+def fully_masked_tiles_are_not_visited(device):
+    """A NaN there would give 0 * NaN: keys of the second tile for queries of the first, and the reverse."""
     q, k, v = qkv(Shape(1, 1, 256, 256, 64), torch.float16, device)
     do = normal(1, 1, 256, 64, dtype=torch.float16, device=device, seed=4)
     late, early = slice(128, 256), slice(0, 128)
