@@ -1,24 +1,43 @@
-"""Every command of the README runs, made short, and links lead somewhere. CI runs two of them from nothing, by name."""
+"""The documents: every command in them runs, made short; every link leads somewhere; what they list exists.
+
+CI runs two of the commands from an empty environment, by name.
+"""
 
 import re
 import shlex
+import shutil
 
 import pytest
+import torch
 
+from gpt2fast import reference
 from tests.tools import tiny
 from tests.tools.checkout import CHECKOUT
 from tests.tools.hellaswag import write_jsonl
 
 pytest.importorskip("tyro", reason="needs tyro for the command lines")
 README = (CHECKOUT / "README.md").read_text()
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMMANDS = ["python -m gpt2fast.train"] + [
-    line for block in BLOCKS for line in block.splitlines() if not line.startswith("python3 -m venv")
-]
+# README first: a reader has run its commands before those of the others
+WITH_COMMANDS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md")), CHECKOUT / "benchmarks/README.md"]
+WITH_LINKS = [*WITH_COMMANDS, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "benchmarks/NOTES.md"]
+LONGEST = 10_000  # bytes of the README: what does not fit goes to docs/
+
+
+def blocks(language: str) -> list[str]:
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [block for document in WITH_COMMANDS for block in fence.findall(document.read_text())]
+
+
+# Each once, although several documents may show it
+COMMANDS = list(dict.fromkeys(
+    ["python -m gpt2fast.train"]
+    + [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("python3 -m venv")]
+))  # fmt: skip
 OF_RANKS = [command for command in COMMANDS if "torchrun" in command or "ranks" in command]
 # These programs run in tests of their own, whose minutes need not be spent twice.
-HAVE_TESTS = [f"benchmarks.{name}" for name in ("ladder", "peers", "generate", "kernels", "aot", "scale")]
+HAVE_TESTS = [f"benchmarks.{name}" for name in ("ladder", "peers", "generate", "kernels", "aot")]
 HAVE_TESTS += [f"tests.long.{name}" for name in ("kills", "soak", "options", "fuzz")]
+INTERPRETED = f"{shlex.join(tiny.FLAGS[1:-2])} --model.n-embd 32 --model.vocab-size 50257 --data stdlib --steps 3"
 # What is added to keep a command short: of a flag that is given twice, the last counts.
 SHORT = {
     "gpt2fast.train": "--steps 4 --val-batches 1 --sample-tokens 3",
@@ -26,28 +45,30 @@ SHORT = {
     "gpt2fast.train --help": "",
     "gpt2fast.sample": "--tokens 3",
     "gpt2fast.prepare README.md": "",
-    "gpt2fast.prepare": "--from README.md --shard-tokens 4000",  # no download, and more than one shard
+    "gpt2fast.prepare": "--from corpus.txt --shard-tokens 4000",  # no download, and more than one shard
     "gpt2fast.export": "",
     "gpt2fast.evaluate": "--max-batches 1",
     "gpt2fast.evaluate out/gpt2": "--data none --max-examples 2 --from hellaswag_val.jsonl",
     "gpt2fast.inspect": "",
     "gpt2fast.train gpt2": "--model.n-layer 1 --model.n-head 2 --model.n-embd 32 --model.block-size 64 --batch-size 1 "
     "--seq-len 64 --total-batch 64 --steps 1 --val-batches 1 --sample-tokens 3",
+    "gpt2fast.train --backend triton": INTERPRETED,
+    "gpt2fast.train --ops.layer-norm triton": INTERPRETED,
     "tests.long.ranks": "--sizes 2 --file rows/ranks.jsonl "
     "--flags '--data data --model.vocab-size 256 --model.n-layer 1 --total-batch 1024 --steps 2 --warmup 1'",
-    "benchmarks.report": "--check",  # and not a README written by a test
+    "pytest benchmarks": "--collect-only -q -p no:cacheprovider",
+    "benchmarks.report": "--check",  # so that a test writes no document
     **dict.fromkeys(HAVE_TESTS, "--help"),
     "benchmarks.floor": "",
     "benchmarks.gpu": "",
     "benchmarks.tune": "",
-    "gpt2fast.train --backend triton": f"{shlex.join(tiny.FLAGS[1:])} --model.n-embd 32 "
-    "--model.vocab-size 50257 --data stdlib --steps 3",
 }
 LAUNCHERS = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
+LINK = re.compile(r"\]\(([^)#\s]*)#?([^)\s]*)\)")
 
 
 def test_ci_finds_its_two_commands_by_name():
-    """And runs what a reader sees first."""
+    """CI runs what a reader sees first."""
     for name, end in (("train", "python -m gpt2fast.train"), ("test", "python -m pytest -n 2 --dist loadfile")):
         command = readme_command(name)
         assert command.startswith("python3 -m venv .venv &&")
@@ -56,28 +77,76 @@ def test_ci_finds_its_two_commands_by_name():
 
 
 def readme_command(name: str) -> str:
-    """As .ci/run finds it: the line after the fence that follows <!-- command: NAME -->."""
+    """The command that .ci/run finds: the line after the fence that follows <!-- command: NAME -->."""
     return re.search(rf"<!-- command: {name} -->\n```bash\n(.*)\n```", README)[1]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_readme_is_short():
+    assert len(README.encode()) <= LONGEST
+
+
+@pytest.mark.parametrize("document", WITH_LINKS, ids=lambda path: str(path.relative_to(CHECKOUT)))
 def test_every_link_leads_somewhere(document):
-    text = (CHECKOUT / document).read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    assert links
-    assert [link for link in links if not (CHECKOUT / link).exists()] == []
+    """To a file or folder of the checkout, and to a heading where it names one."""
+    dead = []
+    for path, anchor in LINK.findall(document.read_text()):
+        target = document.parent / path if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            dead.append(f"{path}#{anchor}" if anchor else path)
+    assert dead == []
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_links_to_every_document():
+    linked = {(CHECKOUT / path).resolve() for path, _ in LINK.findall(README)}
+    assert [path for path in WITH_LINKS[1:] if path not in linked] == []
+
+
+def test_the_files_of_the_afternoon_are_as_long_as_they_are_said_to_be():
+    """Within 10%, each and all together."""
+    table = re.search(r"<!-- afternoon -->\n(.*?)<!-- /afternoon -->", README, re.DOTALL)[1]
+    named = [(path, int(lines)) for path, lines in re.findall(r"^\| \[.*?\]\((.*?)\) \| (\d+) \|", table, re.MULTILINE)]
+    total = int(re.search(r"^\| \*\*all\*\* \| \*\*(.*?)\*\* \|", table, re.MULTILINE)[1].replace(",", ""))
+    lengths = {path: len((CHECKOUT / path).read_text().splitlines()) for path, _ in named}
+    wrong = {path: (lines, lengths[path]) for path, lines in named if abs(lines - lengths[path]) > 0.1 * lengths[path]}
+    assert len(named) == table.count("\n") - 3  # without head, rule and sum
+    assert wrong == {}
+    assert total == sum(lines for _, lines in named)
 
 
 def test_each_fault_in_the_table_has_the_test_that_it_names():
-    lines = re.search(r"<!-- faults -->\n(.*?)<!-- /faults -->", README, re.DOTALL)[1].splitlines()[2:]
+    text = (CHECKOUT / "docs/faults.md").read_text()
+    lines = re.search(r"<!-- faults -->\n(.*?)<!-- /faults -->", text, re.DOTALL)[1].splitlines()[2:]
     named = [re.fullmatch(r"\| .* \| `(test_\w+)` \|", line)[1] for line in lines]
     tests = "".join(path.read_text() for path in (CHECKOUT / "tests").rglob("test_*.py"))
     assert len(named) == len(set(named)) > 10
     assert [name for name in named if f"def {name}(" not in tests] == []
 
 
+@pytest.mark.kernel
+def test_the_python_in_them_runs(device):
+    calls = []
+
+    def my_attention(qkv, n_head):
+        calls.append(n_head)
+        return reference.attention(qkv, n_head)
+
+    q, k, v = torch.randn(3, 1, 2, 16, 16, device=device)
+    names = {"q": q, "k": k, "v": v, "my_attention": my_attention}
+    for block in blocks("python"):
+        exec(block, names)
+    assert names["o"].shape == q.shape
+    assert names["model"](torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2, 50257)
+    assert len(calls) == names["model"].config.n_layer
+
+
 def key_of(command: str) -> str:
-    """Its line in SHORT."""
+    """The key of a command in SHORT."""
     words = shlex.split(command.partition(" -m ")[2])
     return next(key for key in (" ".join(words[:2]), " ".join([words[0], *words[2:4]]), words[0]) if key in SHORT)
 
@@ -88,9 +157,11 @@ def test_every_command_is_made_short_on_purpose():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A reader's, in which all commands run."""
+    """The folder of a reader, in which all commands run: with the documents, and what stands in for downloads."""
     path = tmp_path_factory.mktemp("reader")
-    (path / "README.md").write_text("A text of one's own. " * 2000)
+    shutil.copy(CHECKOUT / "README.md", path)
+    shutil.copytree(CHECKOUT / "docs", path / "docs")
+    (path / "corpus.txt").write_text("A text of one's own. " * 2000)
     write_jsonl(path / "hellaswag_val.jsonl")
     return path
 
@@ -103,7 +174,7 @@ def test_the_commands_run_in_the_order_in_which_they_stand(command, folder, run_
 
 @pytest.mark.long
 def test_those_of_many_ranks_do(folder, run_python):
-    """In one test: workers share the long ones out, each with a folder of its own."""
+    """In one test: xdist gives each worker some of the long tests, and each worker has a folder of its own."""
     for command in OF_RANKS:
         run_short(command, folder, run_python)
 
@@ -116,7 +187,7 @@ def run_short(command, folder, run_python) -> None:
     key = key_of(command)
     done = run_python(
         *LAUNCHERS[program], *options, "-m", *shlex.split(ours), *shlex.split(SHORT[key]),
-        cwd=folder, env={"CUDA_VISIBLE_DEVICES": "", **variables},
+        cwd=CHECKOUT if key == "pytest benchmarks" else folder, env={"CUDA_VISIBLE_DEVICES": "", **variables},
     )  # fmt: skip
     if "pip install 'numpy<2.4'" in done.stderr:
         pytest.skip(done.stderr)
