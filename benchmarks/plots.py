@@ -1,48 +1,43 @@
-"""The README's pictures of the rows: each is `data`, what exactly it shows, and `draw`, how.
+"""The pictures of docs/results.md: tokens/s as bars, a panel for each configuration of a suite.
 
-A PNG carries the fingerprint of what it was drawn from, so that a test can tell whether it is stale, and so that it is
-not written anew because another matplotlib draws it with other bytes. What was not measured says so in its place.
+A PNG carries a fingerprint of the rows it was drawn from and of its name, not of this source: other rows make it stale,
+and neither a formatter nor another version of matplotlib does. After a change of this file that alters a picture,
+delete the picture: `python -m benchmarks.report` draws it again.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks import draw, floor
-from benchmarks.rows import compared, groups, latest, reason, rung
-from gpt2fast.model import SIZES
+from benchmarks.rows import Group, Speed, number, reason, speeds, unmeasured
 
-KEY = "Description"  # of a PNG's text, where the fingerprint is
+KEY = "Description"  # the text of a PNG that is the fingerprint
+REASON = 70  # characters that fit into a panel
+WIDTH, DPI = 8, 130  # inches, dots per inch
+OURS, OTHERS, GREY, DARK = "#d55e00", "#7d93ab", "#707070", "#333333"
 
-# One step of gpt2 in bf16, counted at an H200's ceilings
-FLOOR_SHAPE, FLOOR_GPU = {"size": "gpt2", "B": 64, "T": 1024}, "H200"
-FLOOR = {
-    kind: round(ms, 1) for kind, ms in floor.kinds(floor.parts(SIZES["gpt2"], B=64, T=1024), floor.Ceilings()).items()
+
+TITLES = {  # by suite, which is also the picture's name
+    "ladder": "Training, one rung at a time: tokens/s (20th to 80th percentile), x the first rung",
+    "peers": "The same training step by others: tokens/s (lowest to highest run), x the best opponent",
 }
 
 
-@dataclass(frozen=True)
-class Plot:
-    data: Callable[[Path], Any]  # of the folder of results: lists and dictionaries
-    draw: Callable[[Any], Figure]
-
-
-def fingerprint(data: list | dict) -> str:
-    """Of the data and of the code that draws it."""
-    code = Path(draw.__file__).read_text()
-    return hashlib.sha256((json.dumps(data, sort_keys=True) + code).encode()).hexdigest()
+def fingerprint(name: str, found: Sequence[Group]) -> str:
+    rows = [name, *([group.folder, *group.rows] for group in found)]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_in(path: Path) -> str | None:
-    """None if there is no such picture, or one that does not say."""
+    """The fingerprint in a picture, or None if there is no picture or it has none."""
     try:
         with Image.open(path) as image:
             return image.info.get(KEY)
@@ -50,80 +45,49 @@ def fingerprint_in(path: Path) -> str | None:
         return None
 
 
-def png(plot: Plot, data: list | dict) -> bytes:
-    """With a palette: a third of the bytes, and the eye sees no difference."""
+def png(name: str, found: Sequence[Group]) -> bytes:
+    """The picture with 256 colours: a third of the bytes, and it looks the same."""
     drawn, small, text = io.BytesIO(), io.BytesIO(), PngInfo()
-    plot.draw(data).savefig(drawn, format="png")
-    text.add_text(KEY, fingerprint(data))
+    draw(name, found).savefig(drawn, format="png")
+    text.add_text(KEY, fingerprint(name, found))
     Image.open(drawn).convert("RGB").quantize(256).save(small, format="png", pnginfo=text, optimize=True)
     return small.getvalue()
 
 
-def ladder_data(results: Path) -> dict:
-    return _panels(results, "ladder", lambda rows: [_rung(row) for row in latest(rows, "rung")])
+def draw(name: str, found: Sequence[Group]) -> Figure:
+    """Horizontal bars, a panel for each group, and a line for each kind of device without one."""
+    panels, missing = [(group.title, speeds(name, group.rows)) for group in found], unmeasured(found)
+    heights = [0.7 + 0.29 * len(bars) for _, bars in panels] + [0.3] * len(missing)
+    figure = Figure(figsize=(WIDTH, 0.5 + sum(heights)), dpi=DPI, layout="constrained")
+    figure.suptitle(TITLES[name], fontsize=11, fontweight="bold")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for each, (title, bars) in zip(axes, panels):
+        _panel(each, title, bars)
+    for each, sentence in zip(axes[len(panels) :], missing):
+        each.axis("off")
+        each.text(0.5, 0.5, sentence, ha="center", va="center", fontsize=10, style="italic", color=GREY)
+    return figure
 
 
-def _rung(row: dict) -> dict:
-    ours = row["config"]["backend"] == "triton" or bool(row["config"].get("swapped"))
-    bar = {"name": rung(row), "ours": ours, "why": None if row["status"] == "ok" else reason(row, 70)}
-    if bar["why"]:
-        return bar
-    speed = row["tokens_per_s"]
-    return bar | {"tokens_per_s": speed["median"], "low": speed["p20"], "high": speed["p80"]}
-
-
-def peers_data(results: Path) -> dict:
-    shown = ("name", "ours", "tokens_per_s", "low", "high", "times")
-
-    def bar(each: dict) -> dict:
-        why = each["why"] and (each["why"] if len(each["why"]) <= 70 else each["why"][:69] + "…")
-        return {key: each.get(key) for key in shown} | {"why": why}
-
-    return _panels(results, "peers", lambda rows: [bar(each) for each in compared(rows, "ms")])
-
-
-def _panels(results: Path, suite: str, bars: Callable[[list[dict]], list[dict]]) -> dict:
-    found = groups(results, suite)
-    missing = [kind for kind in ("GPU", "CPU") if not any((group.gpu is None) == (kind == "CPU") for group in found)]
-    return {"panels": [{"title": group.title, "bars": bars(group.rows)} for group in found], "missing": missing}
-
-
-def roofline_data(results: Path) -> list:
-    """For each GPU: its ceilings, and of each op what was moved (GB) or multiplied (TFLOP), and how fast."""
-    folders: dict[str, dict] = {}
-    for group in groups(results, "kernels"):
-        if not group.gpu:
+def _panel(axes: Axes, title: str, bars: Sequence[Speed]) -> None:
+    most = max((bar.high or bar.tokens_per_s or 0.0 for bar in bars), default=0.0) or 1.0
+    for y, bar in enumerate(bars):
+        if bar.tokens_per_s is None:
+            axes.text(0.01 * most, y, reason(bar.last, REASON), va="center", fontsize=8, style="italic", color=GREY)
             continue
-        gpu = folders.setdefault(group.folder, {"device": group.device, "ops": {}})
-        gpu["ceilings"] = group.rows[-1]["ceilings"]
-        for row in latest(group.rows, "provider", "direction"):
-            if row["status"] == "ok":
-                multiplies = "tflops" in row
-                rate = row["tflops"] if multiplies else row["gb_per_s"] / 1e3  # TFLOP/s or TB/s
-                op = gpu["ops"].setdefault(group.config["op"], {"multiplies": multiplies, "points": []})
-                point = {"work": rate * row["ms"]["median"] * (1e-3 if multiplies else 1), "rate": rate}
-                op["points"].append(point | {"provider": row["provider"], "direction": row["direction"]})
-    return list(folders.values())
-
-
-def step_data(results: Path) -> dict:
-    """Milliseconds of one step by group of kernels, for each GPU and shape, beside the floor where it is known."""
-    panels = []
-    for group in groups(results, "profile"):
-        if not group.gpu:
-            continue
-        steps = {row["backend"]: dict(row["groups"]) for row in group.rows}
-        for row in group.rows:  # what the kernels leave of the step's time, measured without a profiler
-            steps[row["backend"]]["device idle"] = max(0.0, row["wall_ms"] - row["device_ms"])
-        ideal = FLOOR if group.config == FLOOR_SHAPE and FLOOR_GPU in group.gpu else None
-        panels.append({"title": group.title, "floor": ideal, "steps": steps})
-    title = "{size}, B={B}, T={T}, bf16".format(**FLOOR_SHAPE) + f" on NVIDIA {FLOOR_GPU}"
-    return {"panels": panels or [{"title": title, "floor": FLOOR, "steps": {}}], "unmeasured": not panels}
-
-
-PLOTS = {
-    "ladder": Plot(ladder_data, draw.ladder),
-    "peers": Plot(peers_data, draw.peers),
-    "roofline": Plot(roofline_data, draw.roofline),
-    "step": Plot(step_data, draw.step),
-}
+        low, high = bar.low or bar.tokens_per_s, bar.high or bar.tokens_per_s
+        axes.barh(y, bar.tokens_per_s, height=0.68, color=OURS if bar.ours else OTHERS)
+        spread = [[bar.tokens_per_s - low], [high - bar.tokens_per_s]]
+        axes.errorbar(bar.tokens_per_s, y, xerr=spread, color=DARK, capsize=2.5, linewidth=1)
+        text = number(bar.tokens_per_s) + (f"   {bar.times:.2f} x" if bar.times else "")
+        axes.text(high + 0.015 * most, y, text, va="center", fontsize=9, fontweight="bold" if bar.ours else "normal")
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=9)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(0, 1.5 * most)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)

@@ -1,37 +1,28 @@
-"""Which raw rows count, and what they say together.
+"""The raw rows that count, and what they say together.
 
-Of each device and configuration the newest file's rows count. Files are appended to, never edited: what was measured
-again in one file counts as the later row has it.
+For each device and configuration the rows of the newest file count. Files are appended to: of two rows of one file
+that measured the same thing, the later one counts.
 """
 
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt2fast.errors import UserError
 from gpt2fast.model import SIZES
 
-UNMEASURED = "Not measured on a {} yet: no row exists."
-
-
-def _pick(row: dict, *names: str) -> dict:
-    return {name: row[name] for name in names if name in row}
-
-
-# suite: what tells one configuration from another. "profile" are the rows of one step's milliseconds by group.
-CONFIG: dict[str, Callable[[dict], dict]] = {
-    "ladder": lambda row: _pick(row["config"], "size", "B", "T"),
-    "peers": lambda row: _pick(row["config"], "size", "B", "T", "precision", "device"),
-    "generate": lambda row: _pick(row["config"], "size", "B", "prompt", "tokens", "precision", "device"),
-    "kernels": lambda row: _pick(row, "op", "size", "shape"),
-    "ranks": lambda row: _pick(row, "backend"),
-    "profile": lambda row: _pick(row, "size", "B", "T"),
+# suite: the fields of a row, or of its "config", that tell one configuration from another.
+# "profile": the rows of benchmarks.gpu that have one step's milliseconds by group of kernels.
+CONFIG = {
+    "ladder": ("size", "B", "T"),
+    "peers": ("size", "B", "T", "precision", "device"),
+    "generate": ("size", "B", "prompt", "tokens", "precision", "device"),
+    "ranks": ("backend",),
+    "profile": ("size", "B", "T"),
 }
-
-
 RUNGS = {
     "fp32": "fp32, eager",
     "allocator": "+ allocator settings",
@@ -42,7 +33,6 @@ RUNGS = {
     "triton": "+ our kernels",
     "all": "+ all our options",
     "graph": "+ CUDA graph",
-    "visible": "+ visible ops",
     "recompute": "+ activation checkpointing",
 }
 
@@ -57,7 +47,7 @@ class Group:
 
     @property
     def gpu(self) -> str | None:
-        """The GPU that computed, if one did: a CPU may have been asked for on a machine that has one."""
+        """The GPU that was used, or None: a machine with a GPU may have been told to use its CPU."""
         return None if str(self.config.get("device", "")).startswith("cpu") else self.rows[-1]["machine"]["gpu"]
 
     @property
@@ -67,7 +57,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        """ "gpt2, B=4, T=256, bf16 on NVIDIA H200" """
+        """For example "gpt2, B=4, T=256, bf16 on NVIDIA H200"."""
         c = self.config
         words = [c.get("size") or c.get("backend"), *(f"{name}={c[name]}" for name in ("B", "T") if name in c)]
         words += [f"{c['prompt']} + {c['tokens']} tokens"] if "prompt" in c else []
@@ -75,28 +65,16 @@ class Group:
 
     @property
     def origin(self) -> str:
-        return origin(self.rows)
-
-
-def origin(rows: Iterable[dict]) -> str:
-    """ "torch 2.15.0, Triton 3.9.0, commit 744d43a, 2026-11-20"; several of each where rows differ."""
-    machines = [row["machine"] for row in rows]
-
-    def each(name: str, of: Callable[[dict], str | None]) -> list[str]:
-        values = sorted({value for value in map(of, machines) if value})
-        return [f"{name} {' and '.join(values)}".strip()] if values else []
-
-    def commit(machine: dict) -> str | None:
-        return machine["commit"] and machine["commit"][:7] + (" with changes" if machine["dirty"] else "")
-
-    return ", ".join(
-        [
-            *each("torch", lambda machine: machine["torch"]),
-            *each("Triton", lambda machine: machine["triton"]),
-            *each("commit", commit),
-            *each("", lambda machine: machine["date"][:10]),
-        ]
-    )
+        """For example "torch 2.15.0, Triton 3.9.0, commit 744d43a, 2026-11-20"; all values where rows differ."""
+        machines = [row["machine"] for row in self.rows]
+        versions = {
+            "torch": {m["torch"] for m in machines},
+            "Triton": {m["triton"] for m in machines},
+            "commit": {m["commit"] and m["commit"][:7] + (" with changes" if m["dirty"] else "") for m in machines},
+            "": {m["date"][:10] for m in machines},
+        }
+        known = {name: " and ".join(sorted(filter(None, values))) for name, values in versions.items()}
+        return ", ".join(f"{name} {values}".strip() for name, values in known.items() if values)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -105,38 +83,34 @@ def rows_of(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {n}, is no JSON ({error}): a row that was cut off is to be deleted"
-            ) from None
+            raise UserError(f"{path}, line {n}, is not JSON ({error}): delete the row if it was cut off") from None
     return rows
 
 
 def groups(results: Path, suite: str) -> list[Group]:
-    """The configurations of a suite, GPUs first, each with the rows of its newest file."""
+    """The configurations of a suite, those of GPUs first, each with the rows of its newest file."""
     found: dict[tuple[str, str], Group] = {}
-    files = [(path, rows_of(path)) for path in sorted(results.glob("*/*.jsonl"))]
+    files = [(path, rows_of(path)) for path in results.glob("*/*.jsonl")]
     for path, rows in sorted(files, key=lambda item: _age(*item)):
         machines = [row["machine"] for row in rows if "machine" in row]
         newer: dict[tuple[str, str], Group] = {}
         for row in rows:
-            if _suite(row) != suite:
+            if ("profile" if row.get("suite") == "gpu" and "groups" in row else row.get("suite")) != suite:
                 continue
-            row = {"machine": machines[-1], **row}  # a profile's row has none of its own, its stage's has
-            config = CONFIG[suite](row)
+            row = {"machine": machines[-1], **row}  # the machine of a profile stands in the row of its stage
+            fields = row.get("config", row)
+            config = {name: fields[name] for name in CONFIG[suite] if name in fields}
             key = path.parent.name, json.dumps(config, sort_keys=True)
             newer.setdefault(key, Group(path.parent.name, config, [])).rows.append(row)
         found |= newer
     return sorted(found.values(), key=_order)
 
 
-def _suite(row: dict) -> str | None:
-    return "profile" if row.get("suite") == "gpu" and "groups" in row else row.get("suite")
-
-
-def _age(path: Path, rows: Sequence[dict]) -> tuple[str, str]:
-    """By the date in a file's name, and within a day by when its last row was measured: commits have no order."""
+def _age(path: Path, rows: Sequence[dict]) -> tuple[str, str, str]:
+    """By the date in the file's name, and within a day by the date of its last row: commits have no order."""
     day = re.match(r"[\d-]{10}", path.name)
-    return day.group() if day else "", max((row["machine"]["date"] for row in rows if "machine" in row), default="")
+    last = max((row["machine"]["date"] for row in rows if "machine" in row), default="")
+    return day.group() if day else "", last, str(path)
 
 
 def _order(group: Group) -> tuple:
@@ -145,20 +119,20 @@ def _order(group: Group) -> tuple:
     return group.gpu is None, group.folder, sizes.index(size) if size in sizes else len(sizes), -(B or 0), T or 0
 
 
+def unmeasured(found: Iterable[Group]) -> list[str]:
+    """A sentence for each kind of device that none of these groups was measured on."""
+    measured = {"GPU" if group.gpu else "CPU" for group in found}
+    return [f"Not measured on a {kind} yet: no row exists." for kind in ("GPU", "CPU") if kind not in measured]
+
+
 def latest(rows: Iterable[dict], *names: str) -> list[dict]:
-    """One row for each value of `names`, the last that was measured: one that was only skipped hides none before it."""
+    """One row for each value of `names`, the last one; a skipped row replaces no other."""
     found: dict[tuple, dict] = {}
     for row in rows:
         key = tuple(row.get(name) for name in names)
         if key not in found or row["status"] != "skipped":
             found[key] = row
     return list(found.values())
-
-
-def rung(row: dict) -> str:
-    """What a rung of the ladder adds, in words."""
-    swapped = row["config"].get("swapped")
-    return f"fused, with our {swapped}" if swapped else RUNGS.get(row["rung"], row["rung"])
 
 
 def reason(row: dict, length: int = 120) -> str:
@@ -168,43 +142,74 @@ def reason(row: dict, length: int = 120) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def compared(rows: Iterable[dict], ms: str) -> list[dict]:
-    """What each name reached over its repetitions, the fastest first, and how many times the best opponent that is.
+@dataclass(frozen=True)
+class Speed:
+    """What one program or rung reached."""
 
-    Medians of the repetitions' medians, the lowest and the highest of them, the largest peak memory; those that never
-    ran come last, with "why".
-    """
-    names: dict[str, list[dict]] = {}
-    for row in latest(rows, "name", "repetition"):
-        names.setdefault(row["name"], []).append(row)
-    found = [_repeated(name, repetitions, ms) for name, repetitions in names.items()]
-    best = max((each["tokens_per_s"] for each in found if not each["ours"] and not each["why"]), default=None)
-    for each in found:
-        each["times"] = each["tokens_per_s"] / best if best and not each["why"] else None
-    return sorted(found, key=lambda each: -each.get("tokens_per_s", 0.0))
+    name: str
+    ours: bool
+    last: dict  # its last row
+    tokens_per_s: float | None = None  # None: it did not run, and `last` has the reason
+    low: float | None = None
+    high: float | None = None  # None: measured once
+    ms: float = 0.0
+    peak_memory: int = 0
+    mfu: float | None = None
+    agrees: bool = True
+    failed: str = ""
+    times: float | None = None  # the ratio of its tokens/s to the base's
 
 
-def _repeated(name: str, rows: Sequence[dict], ms: str) -> dict:
+def speeds(suite: str, rows: Iterable[dict]) -> list[Speed]:
+    """The rungs of a ladder, in its order; of other suites the programs, the fastest first, and last what never ran."""
+    if suite == "ladder":
+        found = [_rung(row) for row in latest(rows, "rung")]
+        base = next((each.tokens_per_s for each in found if each.tokens_per_s), None)
+    else:
+        names: dict[str, list[dict]] = {}
+        for row in latest(rows, "name", "repetition"):
+            names.setdefault(row["name"], []).append(row)
+        found = [_program(name, repetitions) for name, repetitions in names.items()]
+        found.sort(key=lambda each: -(each.tokens_per_s or 0.0))
+        base = next((each.tokens_per_s for each in found if not each.ours), None)  # the best opponent's
+    return [replace(each, times=each.tokens_per_s / base) if base and each.tokens_per_s else each for each in found]
+
+
+def _rung(row: dict) -> Speed:
+    """Median, 20th and 80th percentile of the steps of one rung."""
+    swapped = row["config"].get("swapped")
+    name = f"fused, with our {swapped}" if swapped else RUNGS.get(row["rung"], row["rung"])
+    ours = row["config"]["backend"] == "triton" or bool(swapped)
+    if row["status"] != "ok":
+        return Speed(name, ours, row)
+    spread, agrees = row["tokens_per_s"], row["agrees"] is not False
+    speed = spread["median"], spread["p20"], spread["p80"], row["ms"]["median"]
+    return Speed(name, ours, row, *speed, row["peak_memory"], row["mfu"], agrees)
+
+
+def _program(name: str, rows: Sequence[dict]) -> Speed:
+    """Medians over the repetitions' medians, the lowest and the highest speed, the largest peak memory."""
     ok = [row for row in rows if row["status"] == "ok"]
-    common = {"name": name, "ours": rows[0]["ours"], "runs": len(ok), "failed": len(rows) - len(ok)}
     if not ok:
-        return common | {"why": reason(rows[-1])}
-    speeds = [row["tokens_per_s"]["median"] for row in ok]
-    times = [row[ms]["median"] if isinstance(row[ms], dict) else row[ms] for row in ok]
+        return Speed(name, rows[0]["ours"], rows[-1])
+    medians = [row["tokens_per_s"]["median"] for row in ok]
     shares = [row["mfu"] for row in ok if row.get("mfu") is not None]
-    return common | {
-        "why": None,
-        "tokens_per_s": statistics.median(speeds),
-        "low": min(speeds),
-        "high": max(speeds),
-        "ms": statistics.median(times),
-        "peak_memory": max(row["peak_memory"] for row in ok),
-        "mfu": statistics.median(shares) if shares else None,
-        "agrees": all(row.get("agrees") is not False for row in ok),
-    }
+    return Speed(
+        name,
+        rows[0]["ours"],
+        rows[-1],
+        statistics.median(medians),
+        min(medians) if len(ok) > 1 else None,
+        max(medians) if len(ok) > 1 else None,
+        ms=statistics.median(row["ms"]["median"] if "ms" in row else row["ms_per_token"] for row in ok),
+        peak_memory=max(row["peak_memory"] for row in ok),
+        mfu=statistics.median(shares) if shares else None,
+        agrees=all(row.get("agrees") is not False for row in ok),
+        failed=f"{len(rows) - len(ok)} of {len(rows)} did not run" if len(ok) < len(rows) else "",
+    )
 
 
 def number(x: float) -> str:
-    """Three digits, which is more than repeats: 6,630; 93.6; 0.214."""
+    """Three digits; a repeated measurement agrees in fewer. 6,630; 93.6; 0.214."""
     x = float(f"{x:.3g}")
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:#.3g}"

@@ -1,13 +1,13 @@
-"""README and plots say what the raw rows say: these rows, the newest, all of them, and what is missing."""
+"""Tables and pictures say what the raw rows say: the newest rows, all of them, and what was not measured."""
 
 import pytest
 
-from benchmarks import harness, plots, report, rows
+from benchmarks import harness, plots, report
 from gpt2fast.errors import UserError
-from tests.tools.rows import H200, MACHINE, cells, copy_whole, kernel, peer, profile, tables, write
+from tests.tools.rows import H200, MACHINE, cells, copy_whole, peer, profile, rung, tables, write
 
 
-def test_the_repositorys_readme_and_plots_are_what_its_rows_say():
+def test_the_repositorys_tables_and_pictures_are_what_its_rows_say():
     assert report.update(harness.ROOT, check=True) == []
 
 
@@ -28,31 +28,22 @@ def test_peers_are_medians_of_repetitions_beside_the_best_opponent(tmp_path):
     assert list(found)[2] == "torch eager"  # the fastest first, below the head and its line
 
 
-def test_what_the_reproduction_takes_follows_from_our_fastest_step(tmp_path):
-    gpt2 = {"size": "gpt2", "B": 64, "T": 1024, "precision": "bf16", "device": "cuda"}
-    speeds = {"torch eager": 500_000, "torch compiled": 1e10 / 3600 / 5, "textbook eager": 900_000}
-    found = [peer(name, speed, config=gpt2, machine=H200) for name, speed in speeds.items()]
-    write(tmp_path, "nvidia-h200", "2026-11-21_aaaaaaa_gpu.jsonl", *found)
-    line = cells(tables(tmp_path)["reproduce"])["NVIDIA H200"]
-    assert line[1:] == ["5.00", "$5.00", "ours, torch compiled, B=64, T=1024, bf16"]
-    unmeasured = "Ours on a GPU: not measured yet."
-    assert unmeasured not in tables(tmp_path)["reproduce"]
-    assert unmeasured in report.reproduce_table(tmp_path / "nothing")
-
-
 def test_losses_that_differ_are_said_beside_the_speed(tmp_path):
     write(tmp_path, "cpu", "2026-11-21_aaaaaaa_peers.jsonl", peer("torch eager", 10, agrees=False))
     assert "losses differ" in tables(tmp_path)["peers"]
 
 
-def test_kernels_are_ours_beside_the_best_opponent(tmp_path):
-    found = [kernel("eager", 0.9), kernel("compile", 0.5), kernel("triton", 0.4), kernel("liger", 0.1, status="wrong")]
-    write(tmp_path, "nvidia-h200", "2026-11-21_aaaaaaa_gpu.jsonl", *found)
-    line = cells(tables(tmp_path)["kernels"])["`gelu`, forward + backward".strip("`")]
-    assert line == ["0.400", "0.500 (compile)", "1.25", "62%"]
-    wrong = kernel("triton", 0.1, status="result 0 is wrong by 1")
-    write(tmp_path, "nvidia-h200", "2026-11-22_aaaaaaa_gpu.jsonl", kernel("eager", 0.9), wrong)
-    assert "result 0 is wrong" in tables(tmp_path)["kernels"]
+def test_a_ladder_is_beside_its_first_rung(tmp_path):
+    rungs = [
+        rung("fp32", 100),
+        rung("compile", 250),
+        rung("triton", 1, status="failed", tail="Traceback\nout of memory\n"),
+    ]
+    write(tmp_path, "cpu", "2026-11-21_aaaaaaa_ladder.jsonl", *rungs)
+    found = cells(tables(tmp_path)["ladder"])
+    assert found["fp32, eager"] == ["100 (90.0 to 110)", "10,000", "2.00", "unknown", "1.00"]
+    assert found["+ torch.compile"] == ["250 (225 to 275)", "4,000", "2.00", "unknown", "2.50"]
+    assert found["+ our kernels"][0] == "failed: out of memory"
 
 
 def test_ranks_are_those_measured_last_whatever_their_commit(tmp_path):
@@ -68,50 +59,48 @@ def test_ranks_are_those_measured_last_whatever_their_commit(tmp_path):
     assert "| 1,000 |" not in made
 
 
-def test_rows_of_a_cpu_are_no_kernels_of_a_gpu(tmp_path):
-    write(tmp_path, "cpu", "2026-11-21_aaaaaaa_kernels.jsonl", kernel("eager", 0.9, machine=MACHINE))
-    assert tables(tmp_path)["kernels"] == rows.UNMEASURED.format("GPU")
-
-
 @pytest.fixture
 def checkout(tmp_path):
-    """A README with all places, and rows of everything on a GPU."""
+    """A page with a place for every table, and rows of a GPU."""
     results = tmp_path / "benchmarks" / "results"
     write(results, "nvidia-h200", "2026-11-21_aaaaaaa_gpu.jsonl", profile("torch"), profile("triton"),
-          *(kernel(name, ms, way) for name, ms in (("eager", 0.9), ("triton", 0.4)) for way in ("forward", "both")),
+          rung("fp32", 100_000, machine=H200), rung("triton", 500_000, machine=H200),
           peer("textbook eager", 400_000, machine=H200), peer("torch compiled", 600_000, machine=H200))  # fmt: skip
     copy_whole(results)
     places = "\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in report.tables(results))
-    (tmp_path / "README.md").write_text(places)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / report.DOCUMENT).write_text(places)
     return tmp_path
 
 
 def test_what_is_stale_is_named_and_then_made(checkout):
     stale = report.update(checkout, check=True)
-    assert len([what for what in stale if what.endswith(".png")]) == len(plots.PLOTS)
-    assert not (checkout / "benchmarks" / "plots").exists()  # it only looked
+    assert len([what for what in stale if what.endswith(".png")]) == len(plots.TITLES)
+    assert not (checkout / "benchmarks" / "plots").exists()  # a check writes nothing
     assert report.update(checkout, check=False) == stale
     assert report.update(checkout, check=True) == []
     before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*.png")}
-    assert len(before) == len(plots.PLOTS)
+    assert len(before) == len(plots.TITLES)
     assert all(path.stat().st_size < 150_000 for path in before)
     report.update(checkout, check=False)
-    assert {path: path.stat().st_mtime_ns for path in before} == before  # right ones are left alone
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # those that are right are not written again
     rows_file = next(checkout.rglob("*_gpu.jsonl"))
     harness.append_row(rows_file, peer("torch compiled", 700_000, machine=H200))
-    assert report.update(checkout, check=True) == ["README.md, table peers", "benchmarks/plots/peers.png"]
-    (checkout / "README.md").write_text((checkout / "README.md").read_text().replace("400,000", "399,000"))
-    (checkout / "benchmarks" / "plots" / "step.png").write_bytes(b"no picture")
-    assert "benchmarks/plots/step.png" in report.update(checkout, check=True)
+    assert report.update(checkout, check=True) == ["docs/results.md, table peers", "benchmarks/plots/peers.png"]
+    assert report.update(checkout, check=False) == ["docs/results.md, table peers", "benchmarks/plots/peers.png"]
+    page = checkout / report.DOCUMENT
+    page.write_text(page.read_text().replace("400,000", "399,000"))
+    (checkout / "benchmarks" / "plots" / "ladder.png").write_bytes(b"not a picture")
+    assert report.update(checkout, check=True) == ["docs/results.md, table peers", "benchmarks/plots/ladder.png"]
 
 
-def test_a_readme_without_a_place_is_refused(checkout):
-    (checkout / "README.md").write_text("nothing")
+def test_a_page_without_a_place_is_refused(checkout):
+    (checkout / report.DOCUMENT).write_text("nothing")
     with pytest.raises(UserError, match="put the markers back"):
         report.update(checkout, check=True)
 
 
-def test_a_kernel_that_some_architectures_do_without_has_its_figures_below_the_others():
+def test_a_kernel_that_some_architectures_lack_has_a_line_below_the_others():
     row = {"triton": "3.9.0", "case": "124M attention bf16", "num_warps": 8, "shared": 2048}
     rows = [row | {"kernel": "_a_kernel", "arch": arch, "registers": arch} for arch in report.ARCHITECTURES]
     rows += [row | {"kernel": "_b_kernel", "arch": 90, "registers": 7}]

@@ -1,4 +1,4 @@
-"""Which rows count."""
+"""The rows that count."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Rows as benchmarks leave them, made up."""
+"""Rows such as benchmarks write, made up for tests."""
 
 import shutil
 
@@ -8,8 +8,6 @@ MACHINE = {
     "cpu": "Some(R) Processor", "threads": 2, "gpu": None, "torch": "2.15.0", "triton": None, "commit": "a" * 40,
     "dirty": False, "date": "2026-11-21T08:00:00+00:00",
 }  # fmt: skip
-
-
 H200 = MACHINE | {"gpu": "NVIDIA H200", "triton": "3.6.0"}
 
 
@@ -26,11 +24,11 @@ def peer(name: str, speed: float, repetition: int = 0, machine=MACHINE, **change
     return row | changes
 
 
-def kernel(provider: str, ms: float, direction: str = "both", **changes) -> dict:
+def rung(name: str, speed: float, machine=MACHINE, **changes) -> dict:
     row = {
-        "suite": "kernels", "op": "gelu", "size": "gpt2", "shape": {"M": 65536, "N": 3072}, "dtype": "bf16",
-        "provider": provider, "direction": direction, "status": "ok", "ms": spread(ms), "gb_per_s": 1000 / ms,
-        "share": 1 / (4 * ms), "ceilings": {"gb_per_s": 4000.0, "tflops": 700.0}, "machine": H200,
+        "suite": "ladder", "rung": name, "status": "ok", "tokens_per_s": spread(speed), "ms": spread(1e6 / speed),
+        "peak_memory": 2 * 10**9, "mfu": None, "agrees": True, "machine": machine,
+        "config": {"size": "nano", "B": 8, "T": 128, "backend": "triton" if name == "triton" else "torch"},
     }  # fmt: skip
     return row | changes
 
@@ -44,13 +42,13 @@ def profile(backend: str) -> dict:
 
 
 def tables(results) -> dict[str, str]:
-    """Of these rows, and of the repository's kernels compiled ahead of time."""
+    """The tables of these rows and of the repository's aot.jsonl."""
     copy_whole(results)
     return report.tables(results)
 
 
 def copy_whole(results) -> None:
-    """The file that is not measured again a part at a time."""
+    """Copy aot.jsonl, which is written as a whole."""
     shutil.copy(harness.RESULTS / "aot.jsonl", results)
 
 
@@ -60,6 +58,6 @@ def write(results, folder: str, name: str, *found: dict) -> None:
 
 
 def cells(table: str) -> dict[str, list[str]]:
-    """First cell -> the others."""
+    """The cells of each line of a table by its first cell."""
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     return {line[0].strip("*` "): [cell.strip() for cell in line[1:]] for line in lines}
