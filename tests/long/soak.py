@@ -98,6 +98,23 @@ def step_times(samples: Sequence[dict], low: float, high: float) -> list[float]:
     return [(b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
 
 
+def course(samples: Sequence[dict], limit: float) -> dict:
+    """Summarize the samples: resident memory every 1000 steps, the processor time per step between these, and the
+    jumps, [step, bytes], in which memory grew by more than `limit` from one sample to the next."""
+    edges = [samples[0]]
+    for row in samples:
+        if row["step"] >= edges[-1]["step"] + 1000:
+            edges.append(row)
+    ms = [1e3 * (b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(edges)]
+    rises = [[b["step"], b["rss"] - a["rss"]] for a, b in itertools.pairwise(samples)]
+    return {
+        "readings": len(samples),
+        "rss_each_1000_steps": [row["rss"] for row in edges],
+        "cpu_ms_each_1000_steps": [round(each, 2) for each in ms],
+        "rss_jumps": [[step, rise] for step, rise in rises if rise > limit],
+    }
+
+
 def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: float) -> dict:
     """What the samples and metrics.jsonl come to; "faults" says what is wrong, in words."""
     warm = [row for row in samples if row["step"] >= steps / 5]
@@ -122,6 +139,7 @@ def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: floa
         **held,
         "cpu_ms_second_fifth": before * 1e3, "cpu_ms_last_fifth": after * 1e3,
         "validations": sum("val_loss" in row for row in rows), "samples": sum("sample" in row for row in rows),
+        **course(samples, limit),
     }  # fmt: skip
     faults = []
     if growth > limit:
@@ -135,10 +153,8 @@ def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: floa
     return found | {"faults": faults}
 
 
-def soak(
-    folder: Path, model: str, steps: int, every: int, limit: float, do: Callable[..., int]
-) -> tuple[list[dict], dict]:
-    """Train for `steps` steps in `folder`, an event of each kind after each `every` -> samples and what they say."""
+def soak(folder: Path, model: str, steps: int, every: int, limit: float, do: Callable[..., int]) -> dict:
+    """Train for `steps` steps in `folder`, with an event of each kind after each `every`, and judge the run."""
     small.write_data(folder)
     flags = ["--val-every", every, "--val-batches", 2, "--sample-every", every, "--sample-tokens", 4]
     flags += ["--checkpoint-every", every, "--keep", 2, "--steps", steps, "--run", "soak"]
@@ -151,7 +167,7 @@ def soak(
     found = judge(samples, run.read_metrics(out / "metrics.jsonl"), steps, limit)
     if len(kept) != 2:
         found["faults"].append(f"{len(kept)} folders are left of checkpoints, not 2: {', '.join(sorted(kept))}")
-    return samples, {"model": model, "steps": steps, "every": every, **found}
+    return {"model": model, "steps": steps, "every": every, **found}
 
 
 def describe(found: dict) -> str:
@@ -173,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=5000)
     p.add_argument("--every", type=int, default=100, help="steps between events")
     p.add_argument("--limit", type=float, default=1024, help="KiB that memory may grow by in 1000 steps")
-    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
+    p.add_argument("--file", type=Path, help="append the row to this file instead of a new one in results")
     return p
 
 
@@ -186,13 +202,11 @@ def main(argv: Sequence[str], do: Callable[[Sequence[str]], int] = train.main) -
     path = options.file or harness.results_file("soak")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        samples, found = soak(Path(folder), options.model, options.steps, options.every, options.limit * 2**10, do)
-    for row in samples:
-        harness.append_row(path, {"suite": "soak", **row})
+        found = soak(Path(folder), options.model, options.steps, options.every, options.limit * 2**10, do)
     seconds = round(time.monotonic() - start, 1)
     harness.append_row(path, {"suite": "soak", "seconds": seconds, **found, "machine": versions.record()})
     print(describe(found))
-    print(f"{options.steps} steps in {seconds:,.0f} s; rows in {path}")
+    print(f"{options.steps} steps in {seconds:,.0f} s; row in {path}")
     return int(bool(found["faults"]))
 
 
