@@ -62,7 +62,7 @@ def folder(tmp_path):
 
 
 def torchrun(namespace: str, host: str, folder: Path, *flags: str) -> subprocess.Popen:
-    """The README's line for each of two nodes. What it prints goes to a file."""
+    """The line of docs/many_gpus.md for each of two nodes. What it prints goes to a file."""
     command = f"ip netns exec {namespace} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 "
     command += f"--rdzv-backend c10d --rdzv-endpoint {HOSTS['a']}:29500 --rdzv-id run1 "
     # which the name of a machine would say: both have that of the real one

@@ -25,7 +25,7 @@ LEANS = {  # file of tests: what it leans on, beside the module whose tests it h
     "tests/benchmarks/test_aot.py": "kernels/*.py",
     "tests/training/test_exact.py": "gpt2fast/train.py gpt2fast/training/session.py gpt2fast/training/step.py "
     "gpt2fast/weights/checkpoint.py",
-    "tests/house/test_readme.py": "README.md",
+    "tests/house/test_readme.py": "README.md docs/*.md benchmarks/README.md",
     "tests/house/test_packaging.py": "gpt2fast/kernels.py",
     "tests/long/test_kills.py": "gpt2fast/weights/checkpoint.py gpt2fast/files/*.py gpt2fast/training/run.py "
     "gpt2fast/train.py",

@@ -1,4 +1,4 @@
-"""The README's table of faults, its rows of data, numbers, memory, clocks and neighbours, as test_disks.py."""
+"""The table of docs/faults.md, its rows of data, numbers, memory, clocks and neighbours."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""The README's table of faults, its rows of disks: each is injected, and what it says is what happens."""
+"""The table of docs/faults.md, its rows of disks: each is injected, and what it says is what happens."""
 
 import errno
 import json

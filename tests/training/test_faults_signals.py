@@ -1,4 +1,4 @@
-"""The README's table of faults, its rows of signals, on real processes; and a disk that is really full."""
+"""The table of docs/faults.md, its rows of signals, on real processes; and a disk that is really full."""
 
 import json
 import signal
