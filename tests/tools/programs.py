@@ -45,7 +45,8 @@ def forks() -> bool:
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """A user's: what the tests set for themselves is taken out of ours; the checkout can be imported."""
-    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ours = ("TRITON_INTERPRET", "PYTEST_XDIST")  # pytest-benchmark refuses to measure within the latter
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return outside | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": str(THREADS)} | dict(changes or {})
 
 
