@@ -10,7 +10,7 @@ from gpt2fast.training.choices import Choices
 from gpt2fast.training.config import TrainConfig, from_dict, to_dict
 
 FACTS = {"parameters": int, "unigram_entropy": float, "data_fingerprint": str}  # beside the choices
-LATER = ("tf32", "deterministic", "recompute", "copies")  # choices that the first runs did not record
+NEEDED = ("device_name", "ranks", "precision", "residual", "compile", "ops", "auto")  # the rest is newer than some runs
 
 
 def resolved(choices: Choices, **facts: float | str) -> dict:
@@ -28,7 +28,7 @@ def read_record(folder: Path) -> tuple[TrainConfig, dict]:
         checked.check("resolved", found, dict)
         types = {f.name: dict[str, str] if f.type is OpsConfig else f.type for f in fields(Choices)} | FACTS
         for name, annotation in types.items():
-            if name in found or name not in LATER:
+            if name in found or name in NEEDED or name in FACTS:
                 checked.check(name, found.get(name), annotation)
         return from_dict(record["config"]), found
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from gpt2fast.errors import UserError
 from gpt2fast.ops import OpsConfig
 from gpt2fast.training import config
 from gpt2fast.training.config import PRESETS
-from gpt2fast.training.record import changed_bits, read_record
+from gpt2fast.training.record import FACTS, NEEDED, changed_bits, read_record
 from tests.tools import tiny
 
 
@@ -36,7 +36,7 @@ def test_a_record_from_before_a_choice_was_kept_is_read(tmp_path):
     c = PRESETS["nano"]
     facts = {"parameters": 1, "unigram_entropy": 5.8, "data_fingerprint": "0" * 16}
     resolved = asdict(tiny.choices()) | facts
-    for name in ("tf32", "deterministic", "recompute", "copies"):
+    for name in set(resolved) - {*NEEDED, *FACTS}:
         del resolved[name]
     (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict(c), "resolved": resolved}))
     assert read_record(tmp_path) == (c, resolved)
