@@ -43,8 +43,18 @@ MUTANTS = [
         "fp16 gradients underflow",
         "test_tiny_gradients_survive_in_fp16",
     ),
-    Mutant("scale = dloss * share", "scale = share", "gradient scaling forgotten", "test_linear_cross_entropy"),
-    Mutant("first=start == 0", "first=True", "dw of the last chunk only", "test_chunks_change_nothing_but_memory"),
+    Mutant(
+        "scale = dloss * share",
+        "scale = share",
+        "gradient scaling forgotten",
+        "kernels/test_loss_head.py::test_linear_cross_entropy",
+    ),
+    Mutant(
+        "first=start == 0",
+        "first=True",
+        "dw of the last chunk only",
+        "kernels/test_loss_head.py::test_chunks_change_nothing_but_memory",
+    ),
     Mutant(
         "torch.autograd.graph.increment_version(x)",
         "x",

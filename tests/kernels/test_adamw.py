@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gpt2fast import kernels
 from gpt2fast.kernels import launch
-from gpt2fast.kernels.adamw import ALIGNED, CORRECTION, NUMBERS, ParameterTable
+from gpt2fast.kernels.adamw import ALIGNED, CORRECTION, NUMBERS
 from gpt2fast.model import GPT
 from gpt2fast.ops import OpsConfig, build
 from gpt2fast.training import optim
@@ -18,7 +18,6 @@ from tests.tools.accuracy import FEW, assert_as_accurate
 from tests.tools.inputs import DTYPES, normal
 
 pytestmark = pytest.mark.kernel
-
 CHUNK, BLOCK, _ = launch.adamw_chunk()
 LR = 1e-2
 # name -> shape, dtype of the copy, whether the gradient is the copy's. One chunk or less unless the name says more
@@ -293,35 +292,3 @@ def test_grad_scaler_may_skip_a_step(device):
         scaler.step(optimizer)
         scaler.update()
         assert (weight == 1).all() == (value != 1)
-
-
-def bad(**changes) -> list:
-    row = {name: torch.zeros(6) for name in ("gradient", "weight", "exp_avg", "exp_avg_sq")}
-    return list((row | {"copy": None, "step": torch.zeros(())} | changes).values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"weight": torch.zeros(6).bfloat16()}, TypeError, "weight is torch.bfloat16: weights and moments are float32"),
-        ({"exp_avg_sq": torch.zeros(6).half()}, TypeError, "exp_avg_sq is torch.float16: weights and moments are"),
-        ({"copy": torch.zeros(6)}, TypeError, "copy is torch.float32: .* copies are half types"),
-        ({"gradient": torch.zeros(6).double()}, TypeError, "gradient is torch.float64: it must be float32, bfloat16"),
-        ({"gradient": torch.zeros(7)}, ValueError, r"gradient has shape \(7,\): it must be \(6,\)"),
-        ({"exp_avg": torch.zeros(12)[::2]}, ValueError, r"exp_avg has strides \(2,\): it must be contiguous"),
-        ({"step": torch.zeros(1)}, ValueError, r"step has shape \(1,\): it must be \(\)"),
-        ({"step": torch.zeros(()).double()}, TypeError, "step is torch.float64: it must be float32"),
-        ({"exp_avg": torch.zeros(6, device="meta")}, ValueError, "weight is on cpu and exp_avg on meta: move one"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_refused(changes, error, message, monkeypatch):
-    monkeypatch.setattr("gpt2fast.kernels.registration.INTERPRETED", True)
-    with pytest.raises(error, match=f"adamw: {message}"):
-        ParameterTable(torch.device("cpu")).refresh([bad(**changes)])
-
-
-def test_weights_on_two_devices_are_refused(monkeypatch):
-    monkeypatch.setattr("gpt2fast.kernels.registration.INTERPRETED", True)
-    with pytest.raises(ValueError, match="a weight is on cpu and the first one on meta: move one of them"):
-        ParameterTable(torch.device("meta")).refresh([bad()])

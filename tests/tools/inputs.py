@@ -42,3 +42,12 @@ def randomise(model: nn.Module, std: float, seed: int) -> None:
         p.normal_(0.0, std, generator=generator)
         if "ln_" in name and name.endswith("weight"):
             p += 1
+
+
+def targets_of(N: int, V: int, device: torch.device, ignored: bool = True, seed: int = 0) -> Tensor:
+    """Return targets (N,) that include the first and the last word; every fourth row is ignored."""
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed + N))
+    targets[:1], targets[-1:] = 0, V - 1
+    if ignored and N > 2:
+        targets[1::4] = -100
+    return targets.to(device)
