@@ -8,7 +8,6 @@
 And, printed, each tensor's shape, mean and standard deviation. All sources are read before anything is written.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from gpt2fast.model import VOCAB_SIZE
 from gpt2fast.training import plot
 from gpt2fast.training.plot import Run
 from gpt2fast.training.record import read_record
-from gpt2fast.training.run import run_folder
+from gpt2fast.training.run import read_metrics, run_folder
 from gpt2fast.weights import checkpoint
 from gpt2fast.weights.foreign import Weights
 from gpt2fast.weights.load import read_weights
@@ -57,7 +56,7 @@ def inspect(c: InspectConfig) -> list[str]:
     texts, runs, figures = [], [], {}
     for source, name in zip(c.sources, names(c.sources)):
         folder = run_folder(source)
-        rows = read_rows(folder / "metrics.jsonl") if folder else []
+        rows = read_metrics(folder / "metrics.jsonl") if folder else []
         if folder and any("loss" in row for row in rows):
             runs.append(Run(label(folder, name), rows, read_record(folder)[1]["unigram_entropy"]))
         elif folder == Path(source):
@@ -88,23 +87,6 @@ def names(sources: Sequence[str]) -> list[str]:
         str(Path(source)).strip("./").replace("/", "_") if last.count(name) > 1 else name
         for source, name in zip(sources, last)
     ]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of metrics.jsonl. UserError on a damaged line; but a kill may have cut the last one off."""
-    rows = []
-    lines = path.read_bytes().split(b"\n")
-    for i, line in enumerate(lines, 1):
-        try:
-            if line:
-                row = json.loads(line)
-                if not isinstance(row["step"], int):
-                    raise ValueError(f"step is {row['step']!r}")
-                rows.append(row)
-        except (ValueError, KeyError, TypeError) as error:
-            if i < len(lines):  # what follows the last newline is not finished
-                raise UserError(f"{path}, line {i} is damaged ({type(error).__name__}: {error}): delete it") from None
-    return rows
 
 
 def label(folder: Path, name: str) -> str:

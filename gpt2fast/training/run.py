@@ -49,16 +49,27 @@ def sweep(folder: Path) -> None:
 
 
 def iter_metrics(path: Path) -> Iterator[dict]:
-    """The rows of metrics.jsonl, one at a time: a row takes 1.2 KB of memory, and a long run has many. A last line that
-    was cut off by a kill is left out."""
-    with path.open() if path.exists() else contextlib.nullcontext(()) as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+    """Yield the rows of metrics.jsonl, one at a time: a row takes 1.2 KB of memory, and a long run has many.
+
+    No file: no rows. An unfinished last line, which a kill leaves, is dropped. UserError, naming the line, on any other
+    line that is not a JSON object with a whole number `step`.
+    """
+    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if type(row["step"]) is not int:
+                    raise ValueError(f"step is {row['step']!r}")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(f"{path}, line {number} is damaged ({reason}): delete that line") from None
+            yield row
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All of them."""
+    """Return all rows of metrics.jsonl, as `iter_metrics` yields them."""
     return list(iter_metrics(path))
 
 

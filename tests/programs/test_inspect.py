@@ -13,6 +13,7 @@ from gpt2fast.errors import RunError, UserError
 from gpt2fast.inspect import InspectConfig
 from gpt2fast.train import train
 from gpt2fast.training.record import read_record
+from gpt2fast.training.run import read_metrics
 from gpt2fast.weights import load
 from gpt2fast.weights.foreign import Weights
 from tests.tools import tiny
@@ -136,7 +137,7 @@ def test_a_run_without_checkpoints_has_curves(finished, tmp_path):
     texts = inspect.inspect(InspectConfig(sources=(str(folder),), out=out))
     assert texts == [f"{folder}: no checkpoint yet, so no weights", f"picture  {out / 'runs.png'}"]
     assert [path.name for path in out.iterdir()] == ["runs.png"]
-    assert inspect.read_rows(folder / "metrics.jsonl") == [json.loads(line) for line in metrics.splitlines()]
+    assert read_metrics(folder / "metrics.jsonl") == [json.loads(line) for line in metrics.splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,14 @@
 """What runs in which a fault was injected are held against: the rows and weights of one that nothing disturbed."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from gpt2fast.train import train
 from gpt2fast.weights import checkpoint
+from tests.tools.runs import metrics as rows
 
 SHORT = {"steps": 6, "checkpoint_every": 2, "val_every": 3}
-TIMES = ("tokens_per_s", "mfu")
-
-
-def rows(c) -> list[dict]:
-    """Of metrics.jsonl, every line of which must be JSON; without what takes a clock."""
-    lines = (c.folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: x for name, x in json.loads(line).items() if name not in TIMES} for line in lines]
 
 
 def weights(c) -> list[bytes]:

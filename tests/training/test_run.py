@@ -32,6 +32,33 @@ def test_metrics_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert [row["step"] for row in run.read_metrics(path)] == [1, 2, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"step": 1, "lo\n{"step": 2}\n', "line 1 is damaged .JSONDecodeError: .*: delete that line"),
+        ('{"step": 1}\n{"loss": 1.0}\n{"step": 3}\n', "line 2 is damaged .KeyError: 'step'"),
+        ('{"step": "1"}\n', "line 1 is damaged .ValueError: step is '1'"),
+        ('{"step": 1}\n\n{"step": 2}\n', "line 2 is damaged"),
+        ("[]\n", "line 1 is damaged .TypeError"),
+        ("\xff\n", "line 1 is damaged .UnicodeDecodeError"),
+    ],
+)
+def test_a_damaged_line_is_refused_with_its_number_and_the_file_kept(tmp_path, content, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content.encode("latin-1"))
+    for read in (run.read_metrics, lambda path: run.Metrics(path, last_step=2)):
+        with pytest.raises(UserError, match=f"{path}, {message}"):
+            read(path)
+    assert path.read_bytes() == content.encode("latin-1")
+
+
+def test_a_missing_file_and_a_last_line_without_its_newline(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert run.read_metrics(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for the newline
+    assert run.read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
 def test_a_folder_that_holds_a_run_is_refused_unless_resumed(folder, capsys):
     c = tiny.config(folder, steps=4, warmup=1)
     train(c)
