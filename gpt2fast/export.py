@@ -70,7 +70,7 @@ def write_llmc(weights: Weights, path: Path, dtype: torch.dtype) -> list[str]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            llmc.write(file, weights.config, weights.tensors, dtype)
+            llmc.write_bin(file, weights.config, weights.tensors, dtype)
         sync(temporary)
         os.rename(temporary, path)
     finally:

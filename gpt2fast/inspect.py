@@ -54,18 +54,18 @@ def inspect(c: InspectConfig) -> list[str]:
     if not c.sources:
         raise UserError("nothing to inspect: name a run, for instance out/nano, or weights")
     texts, runs, figures = [], [], {}
-    for source, name in zip(c.sources, names(c.sources)):
+    for source, name in zip(c.sources, folder_names(c.sources)):
         folder = run_folder(source)
         rows = read_metrics(folder / "metrics.jsonl") if folder else []
         if folder and any("loss" in row for row in rows):
-            runs.append(Run(label(folder, name), rows, read_record(folder)[1]["unigram_entropy"]))
+            runs.append(Run(run_label(folder, name), rows, read_record(folder)[1]["unigram_entropy"]))
         elif folder == Path(source):
             raise UserError(f"{folder}/metrics.jsonl has no row of a training step: let the run take one")
         if folder == Path(source) and not checkpoint.list_checkpoints(folder / "checkpoints"):
             texts.append(f"{folder}: no checkpoint yet, so no weights")
             continue
         weights = read_weights(source)
-        texts.append(f"{weights.where}\n\n{table(weights)}\n\n{tied_head(weights)}")
+        texts.append(f"{weights.where}\n\n{tensor_table(weights)}\n\n{tied_head(weights)}")
         never, how = never_trained(weights, folder)
         wte, wpe = weights.tensors["wte.weight"], weights.tensors["wpe.weight"]
         figures[c.out / name / "positions.png"] = draw_positions(wpe, name)
@@ -73,11 +73,11 @@ def inspect(c: InspectConfig) -> list[str]:
         figures[c.out / name / "tokens.png"] = draw_tokens(wte, never, how, name)
     if runs:
         figures[c.out / "runs.png"] = plot.compare(runs)
-    write(figures)
+    write_pictures(figures)
     return [*texts, "\n".join(f"picture  {path}" for path in figures)]
 
 
-def names(sources: Sequence[str]) -> list[str]:
+def folder_names(sources: Sequence[str]) -> list[str]:
     """A folder's name for each source: its last part; where two are equal, all of it."""
     paths = [Path(source).resolve() for source in sources]
     if len(set(paths)) < len(paths):
@@ -89,7 +89,7 @@ def names(sources: Sequence[str]) -> list[str]:
     ]
 
 
-def label(folder: Path, name: str) -> str:
+def run_label(folder: Path, name: str) -> str:
     """A run, and what it was computed with."""
     resolved = read_record(folder)[1]
     chosen = list(resolved["ops"].values())
@@ -99,27 +99,27 @@ def label(folder: Path, name: str) -> str:
     return f"{name}: {', '.join([most, *others, resolved['precision'], *compiled])}"
 
 
-def table(weights: Weights) -> str:
+def tensor_table(weights: Weights) -> str:
     """A line for each tensor; sums are made in float64."""
     rows = [("tensor", "shape", "parameters", "mean", "std")]
     for name, tensor in weights.tensors.items():
         var, mean = torch.var_mean(tensor.double(), correction=0)
         shape = " x ".join(map(str, tensor.shape))
         rows.append((name, shape, f"{tensor.numel():,}", f"{mean:.6f}", f"{var.sqrt():.6f}"))
-    rows.append(("total", "", f"{count(weights):,}", "", ""))
+    rows.append(("total", "", f"{count_parameters(weights):,}", "", ""))
     width = [max(map(len, column)) for column in zip(*rows)]
     sides = "<<>>>"  # names and shapes to the left, numbers to the right
     lines = ("  ".join(f"{text:{side}{w}}" for text, side, w in zip(row, sides, width)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def count(weights: Weights) -> int:
+def count_parameters(weights: Weights) -> int:
     """Parameters, the tied head counted once."""
     return sum(tensor.numel() for tensor in weights.tensors.values())
 
 
 def tied_head(weights: Weights) -> str:
-    n, tied = count(weights), weights.tensors["wte.weight"].numel()
+    n, tied = count_parameters(weights), weights.tensors["wte.weight"].numel()
     return (
         f"tied head: wte.weight is the head as well, which saves {tied:,} parameters ({4 * tied / 1e6:,.1f} MB in "
         f"fp32), {100 * tied / n:.0f}% of {n:,}"
@@ -222,7 +222,7 @@ def guess_never_trained(wte: Tensor) -> np.ndarray | None:
     return (distances <= MARGIN * own.max()).nonzero().squeeze(1).numpy()
 
 
-def write(figures: dict[Path, "Figure"]) -> None:
+def write_pictures(figures: dict[Path, "Figure"]) -> None:
     """Write the pictures. UserError, before the first is written, if one would replace a file that is none of ours."""
     for path in figures:
         if path.exists() and b"gpt2fast" not in path.read_bytes()[:1024]:

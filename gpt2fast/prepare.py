@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gpt2fast.command import named_from, parse, run_main
 from gpt2fast.data import corpora, tokenizer
 from gpt2fast.data.corpora import CORPORA, Source
-from gpt2fast.data.encode import encoded
+from gpt2fast.data.encode import encode_batches
 from gpt2fast.data.writer import RECORD, Writer
 from gpt2fast.errors import RunError, UserError, check_at_least
 from gpt2fast.files.atomic import check_new, publish, write_atomic
@@ -122,10 +122,10 @@ def _source(c: PrepareConfig) -> Source:
         for path in paths:
             if not path.exists():
                 raise UserError(f"{path} does not exist, and is no corpus ({', '.join(CORPORA)})")
-        return corpora.own(paths, c.suffixes, c.field, 0.05 if c.val_fraction is None else c.val_fraction)
+        return corpora.open_files(paths, c.suffixes, c.field, 0.05 if c.val_fraction is None else c.val_fraction)
     if Path(c.corpus).exists():
         print(f"note                 {c.corpus} is the corpus; for the path of that name write ./{c.corpus}")
-    source = corpora.named(c.corpus, c.from_, c.suffixes, c.field)
+    source = corpora.open_corpus(c.corpus, c.from_, c.suffixes, c.field)
     if source.corpus.sha256 != source.about.get("sha256"):
         print(f"note                 {c.from_} is not the known {c.corpus}: its sha256 is {source.about['sha256']}")
     return source
@@ -164,7 +164,7 @@ def _write(c: PrepareConfig, source: Source, encoding: tiktoken.Encoding, writer
     start, before = time.perf_counter(), done.tokens
     if writer.full:
         pieces = iter(())
-    with bar, contextlib.closing(encoded(pieces, state, encoding, corpus.separated, c.threads)) as batches:
+    with bar, contextlib.closing(encode_batches(pieces, state, encoding, corpus.separated, c.threads)) as batches:
         for batch, arrays, behind in batches:
             writer.add(batch, arrays, behind)
             if by_bytes:
@@ -186,7 +186,7 @@ def _write(c: PrepareConfig, source: Source, encoding: tiktoken.Encoding, writer
         "separator": "<|endoftext|> before each document" if corpus.separated else "none",
         **counts,
     }
-    known = corpora.compare(manifest) if corpus.sha256 and not c.max_tokens else {}
+    known = corpora.compare_counts(manifest) if corpus.sha256 and not c.max_tokens else {}
     if any(found != expected for found, expected in known.values()):
         raise RunError(f"this is {source.name}, but its counts are not the known ones ({known}): update tiktoken")
     write_atomic(writer.folder / "manifest.json", json.dumps(manifest, indent=1))
@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"documents            {m['documents']:,}" + (f" in {about['files']:,} files" if "files" in about else ""))
     print(f"tokens               {m['train']['tokens']:,} for training, {m['val']['tokens']:,} for validation")
     if not c.max_tokens:
-        for name, (found, known) in corpora.compare(m).items():
+        for name, (found, known) in corpora.compare_counts(m).items():
             print(
                 f"known count          {found:,} {name}, " + ("as known" if found == known else f"but {known:,} known")
             )

@@ -101,14 +101,14 @@ class Source:
     """read(folder, start, state): the pieces behind the first `start`. What is downloaded is put into `folder`."""
 
 
-def own(paths: Sequence[Path], suffixes: Sequence[str], field: str, val_fraction: float) -> Source:
+def open_files(paths: Sequence[Path], suffixes: Sequence[str], field: str, val_fraction: float) -> Source:
     """Files and folders of one's own. UserError if there are none."""
     every = round(1 / val_fraction) if val_fraction else 0
     split = f"every {every}th document, or the end of each of fewer texts, validates" if every else "all train"
     return _files("files", Corpus(split=split, val_every=every), paths, suffixes, field)
 
 
-def named(name: str, stand_in: Path | None, suffixes: Sequence[str], field: str) -> Source:
+def open_corpus(name: str, stand_in: Path | None, suffixes: Sequence[str], field: str) -> Source:
     """A corpus of the table, read from `stand_in` if there is one. UserError if that is no such thing."""
     corpus = CORPORA[name]
     if corpus.url:
@@ -119,13 +119,13 @@ def named(name: str, stand_in: Path | None, suffixes: Sequence[str], field: str)
 
 
 def _files(name: str, corpus: Corpus, paths: Sequence[Path], suffixes: Sequence[str], field: str) -> Source:
-    files = texts.find(paths, suffixes)
+    files = texts.find_files(paths, suffixes)
     stats = [file.stat() for file in files]
     total = sum(stat.st_size for stat in stats)
     listing = "".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}\n" for file, stat in zip(files, stats))
 
     def read(_folder: Path, start: int, _state: dict | None) -> Reading:
-        return islice(texts.read(files, field, corpus.val_every), start, None), lambda: None
+        return islice(texts.read_pieces(files, field, corpus.val_every), start, None), lambda: None
 
     about = {"paths": [str(path) for path in paths], "files": len(files), "bytes": total}
     identity = {"files": hashlib.sha256(listing.encode()).hexdigest(), "piece": texts.PIECE}
@@ -136,7 +136,7 @@ def _single(name: str, corpus: Corpus, stand_in: Path | None, suffixes: Sequence
     """One small file, split by characters."""
 
     def load(path: Path) -> tuple[str, str]:
-        text = "".join(piece.text for piece in texts.read([path], "text", 0))
+        text = "".join(piece.text for piece in texts.read_pieces([path], "text", 0))
         return text, hashlib.sha256(text.encode()).hexdigest()
 
     def read(folder: Path, start: int, _state: dict | None) -> Reading:
@@ -155,7 +155,7 @@ def _single(name: str, corpus: Corpus, stand_in: Path | None, suffixes: Sequence
     file, digest = None, corpus.sha256
     about: dict = {"url": corpus.url}
     if stand_in:
-        files = texts.find([stand_in], suffixes)
+        files = texts.find_files([stand_in], suffixes)
         if len(files) > 1:
             raise UserError(f"{name} is one file, and {stand_in} holds {len(files)}: name one of them with --from")
         file, digest, about = files[0], load(files[0])[1], {"paths": [str(stand_in)]}
@@ -187,7 +187,7 @@ def _hub(name: str, corpus: Corpus, field: str) -> Source:
     def pieces(dataset, start: int) -> Iterator[Piece]:
         with _hub_errors(repository, by_hand):
             for number, row in enumerate(dataset, start + 1):
-                text = texts.checked(row.get(field), f"{repository}, row {number}", field)
+                text = texts.check_text(row.get(field), f"{repository}, row {number}", field)
                 yield Piece(text, True, corpus.val_every > 0 and number % corpus.val_every == 0)
 
     identity = {"hub": corpus.hub, "datasets": version("datasets")}  # whose state may look different in another
@@ -209,7 +209,7 @@ def _hub_errors(repository: str, by_hand: str) -> Iterator[None]:
         ) from None
 
 
-def compare(manifest: dict) -> dict[str, tuple[int, int]]:
+def compare_counts(manifest: dict) -> dict[str, tuple[int, int]]:
     """What is known of the corpus that was prepared whole: name -> (found, known)."""
     corpus = CORPORA.get(manifest["source"]["name"])
     if corpus is None or manifest["source"].get("sha256") != corpus.sha256:

@@ -32,7 +32,7 @@ class Dataset:
 def open_data(name: str, vocab_size: int, tokenizer_file: Path | None = None) -> Dataset:
     """The folder of shards called `name`, or "stdlib". UserError on anything that is not sound."""
     if name == stdlib.NAME:
-        train, val = stdlib.tokens(tokenizer_file)
+        train, val = stdlib.encode_splits(tokenizer_file)
         return Dataset(name, [train], [val], fingerprint({"train": train, "val": val}))
     return open_folder(Path(name), vocab_size)
 

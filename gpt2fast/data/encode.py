@@ -18,7 +18,7 @@ BATCH_CHARACTERS = 2**17
 AHEAD = 256  # batches that are read before the first is needed: threads have work while a shard is written
 
 
-def encoded(
+def encode_batches(
     pieces: Iterator[Piece],
     state: Callable[[], dict | None],
     encoding: tiktoken.Encoding,
@@ -30,7 +30,7 @@ def encoded(
     waiting: deque[tuple[list[Piece], Future, dict | None]] = deque()
     try:
         for batch, behind in _batches(pieces, state):
-            waiting.append((batch, pool.submit(encode, encoding, batch, separated), behind))
+            waiting.append((batch, pool.submit(encode_pieces, encoding, batch, separated), behind))
             while len(waiting) > AHEAD or (waiting and waiting[0][1].done()):
                 batch, future, behind = waiting.popleft()
                 yield batch, future.result(), behind
@@ -53,7 +53,7 @@ def _batches(pieces: Iterator[Piece], state: Callable[[], dict | None]) -> Itera
         yield batch, state()
 
 
-def encode(encoding: tiktoken.Encoding, pieces: Sequence[Piece], separated: bool) -> list[np.ndarray]:
+def encode_pieces(encoding: tiktoken.Encoding, pieces: Sequence[Piece], separated: bool) -> list[np.ndarray]:
     """Tokens of each piece, uint16: those of encode_ordinary, behind <|endoftext|> where a document begins."""
     arrays = []
     for piece in pieces:

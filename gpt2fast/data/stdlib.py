@@ -38,7 +38,7 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in files if name.endswith(".py"))
 
 
-def tokens(vocab_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+def encode_splits(vocab_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Train and validation split, each uint16, <|endoftext|> before every document. Takes about two seconds."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = list(documents(root))

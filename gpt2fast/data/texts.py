@@ -31,12 +31,12 @@ class Piece(NamedTuple):
     read: int = 0
 
 
-def kind(file: Path) -> str:
+def suffix_of(file: Path) -> str:
     """The suffix that tells how to read it: ".txt" of a.txt, of a.TXT and of a.txt.gz."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
-def find(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
     """The files named, and below folders those with one of the suffixes, sorted. UserError if there are none."""
     files = []
     for path in paths:
@@ -44,23 +44,23 @@ def find(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
             raise UserError(f"{path} does not exist")
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if kind(file) in suffixes and file.is_file())
+            found = sorted(file for file in path.rglob("*") if suffix_of(file) in suffixes and file.is_file())
             if not found:
                 raise UserError(f"{path} holds no file ending in {', '.join(suffixes)}: name others with --suffixes")
         files += found
     return files
 
 
-def read(files: Sequence[Path], field: str, val_every: int) -> Iterator[Piece]:
+def read_pieces(files: Sequence[Path], field: str, val_every: int) -> Iterator[Piece]:
     """The pieces of all files. Every `val_every`th document is for validation; 0: none.
 
     A row of .jsonl and .parquet is a document, and so is a text file. Where there are fewer text files than
     `val_every`, it is the end of each that validates: the last 1/val_every.
     """
-    few = sum(kind(file) not in (".jsonl", ".parquet") for file in files) < val_every
+    few = sum(suffix_of(file) not in (".jsonl", ".parquet") for file in files) < val_every
     documents = before = 0
     for file in files:
-        rows = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind(file))
+        rows = {".jsonl": _jsonl, ".parquet": _parquet}.get(suffix_of(file))
         try:
             if few and not rows:
                 pieces = _text(file, 1 / val_every)
@@ -149,7 +149,7 @@ def _jsonl(file: Path, field: str) -> Iterator[Piece]:
                     else "is no JSON object"
                 )
                 raise UserError(f"{file}, line {number} {what}") from None
-            yield Piece(checked(text, f"{file}, line {number}", field), True, read=tell())
+            yield Piece(check_text(text, f"{file}, line {number}", field), True, read=tell())
 
 
 def _parquet(file: Path, field: str) -> Iterator[Piece]:
@@ -167,12 +167,12 @@ def _parquet(file: Path, field: str) -> Iterator[Piece]:
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    yield Piece(checked(text, f"{file}, row {row}", field), True, read=size * row // rows)
+                    yield Piece(check_text(text, f"{file}, row {row}", field), True, read=size * row // rows)
     except pyarrow.ArrowException as error:
         raise UserError(f"{file} is no sound parquet file: {error}") from None
 
 
-def checked(text: object, where: str, field: str) -> str:
+def check_text(text: object, where: str, field: str) -> str:
     """`text`, if it is some; else UserError."""
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text: name another with --field")

@@ -160,7 +160,7 @@ class Writer:
         path = self.folder / RECORD
         try:
             saved = containers.read_npz(path)
-            record = checked.parse(str(saved["record"]).encode())
+            record = checked.parse_json(str(saved["record"]).encode())
             pending = {name: saved[name] for name in ("train", "val")}
             counts = saved["counts"]
             self._check(record, pending, counts)

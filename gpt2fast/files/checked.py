@@ -26,10 +26,10 @@ def read_json(path: Path) -> Any:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise ValueError(f"more than {LARGEST:,} bytes")
-    return parse(content)
+    return parse_json(content)
 
 
-def parse(content: bytes) -> Any:
+def parse_json(content: bytes) -> Any:
     """ValueError on what is no JSON."""
     try:
         return json.loads(content.decode(), object_pairs_hook=_unique)

@@ -38,7 +38,7 @@ class Sampling:
     """Of the fewest likeliest tokens whose probabilities add up to at least this; 1: all."""
 
 
-def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+def choose_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """fp32 logits (B, V) and numbers (B,) in [0, 1) -> tokens (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -134,7 +134,7 @@ class Decoder:
         """The final LayerNorm's output (B, C) -> a token more of each row that has not ended."""
         logits = self.model.ops.linear(h, self.head)[:, : self.model.config.vocab_size].float()
         i = self.length - self.prompt
-        token = choose(logits, self.uniform.gather(1, i[:, None])[:, 0], self.sampling)
+        token = choose_tokens(logits, self.uniform.gather(1, i[:, None])[:, 0], self.sampling)
         grown = ~self.ended
         if self.stop is not None:
             token = token.masked_fill(self.ended, self.stop)

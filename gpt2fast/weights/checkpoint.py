@@ -108,14 +108,14 @@ def read_state(path: Path) -> dict:
     raise UserError(f"checkpoint {path} is damaged ({what}): delete that folder to go on from the one before it")
 
 
-def load_model(path: Path, model: GPT) -> None:
+def load_weights(path: Path, model: GPT) -> None:
     """Put the checkpoint's weights into `model`; UserError naming the tensors that do not fit."""
     _load(model, _read(path / "model.safetensors"), path)
 
 
 def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Weights, moments and random generators, exactly as they were saved; `state` is what `read_state` gave."""
-    load_model(path, model)
+    load_weights(path, model)
     moments = _read(path / "optimizer.safetensors")
     needed = {f"{moment}.{name}" for name in _names_in_order(model, optimizer) for moment in _MOMENTS}
     if moments and set(moments) != needed:

@@ -52,7 +52,7 @@ class Weights:
     state: dict | None = None
 
 
-def read(source: str | Path) -> Weights:
+def read_foreign(source: str | Path) -> Weights:
     """The weights at `source`: a path, or a model on the hub where there is no such path. UserError if not sound."""
     path = Path(source)
     if path.is_dir():
@@ -60,20 +60,20 @@ def read(source: str | Path) -> Weights:
     if path.is_file():
         return _read_file(path)
     if name := huggingface.hub_name(str(source)):
-        folder = huggingface.download(name, str(source))
-        found = huggingface.find(folder)
+        folder = huggingface.download_model(name, str(source))
+        found = huggingface.find_weights(folder)
         assert found, "download gives no folder without"
         return assemble(*huggingface.read_folder(folder, found), f"{name} on the hub")
     raise UserError(f"{source} does not exist: name {ACCEPTED}")
 
 
 def _read_folder(folder: Path) -> Weights:
-    if name := huggingface.find(folder):
+    if name := huggingface.find_weights(folder):
         return assemble(*huggingface.read_folder(folder, name), str(folder))
     if (folder / nanogpt.NAME).is_file():
-        return assemble(*nanogpt.read(folder / nanogpt.NAME), str(folder / nanogpt.NAME))
+        return assemble(*nanogpt.read_ckpt(folder / nanogpt.NAME), str(folder / nanogpt.NAME))
     if index := openai.find_index(folder):
-        return assemble(*openai.read(index), str(folder))
+        return assemble(*openai.read_tensorflow(index), str(folder))
     raise UserError(f"{folder} holds no run and no weights that are known here: name {ACCEPTED}")
 
 
@@ -85,15 +85,15 @@ def _read_file(path: Path) -> Weights:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     config: GPTConfig | None
     if head == llmc.MAGIC:
-        config, tensors = llmc.read(path)
+        config, tensors = llmc.read_bin(path)
     elif path.suffix == ".index":
-        config, tensors = openai.read(path)
+        config, tensors = openai.read_tensorflow(path)
     elif path.suffix == ".npz":
-        config, tensors = openai.read_npz(path)
+        config, tensors = openai.read_numpy(path)
     elif path.suffix == ".safetensors":
         config, tensors = None, containers.read_safetensors(path)
     elif head[:2] in (b"PK", b"\x80\x02"):  # a pickle, in a zip file since torch 1.6
-        config, tensors = nanogpt.read(path)
+        config, tensors = nanogpt.read_ckpt(path)
     else:
         raise UserError(f"{path} is no file of weights that is known here: name {ACCEPTED}")
     return assemble(config or huggingface.config_beside(path), tensors, str(path))

@@ -33,7 +33,7 @@ _PART = re.compile(r"\w[\w.-]*", re.ASCII)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def find(folder: Path) -> str | None:
+def find_weights(folder: Path) -> str | None:
     """The name of the weights there, or of the list of the files that they are split into."""
     names = [name for file in READERS for name in (file, f"{file}.index.json")]
     return next((name for name in names if (folder / name).is_file()), None)
@@ -93,7 +93,7 @@ def hub_name(source: str) -> str | None:
     return source if _ID.fullmatch(source) and Path(source).suffix not in SUFFIXES else None
 
 
-def download(name: str, source: str) -> Path:
+def download_model(name: str, source: str) -> Path:
     """The folder in the hub's cache that holds config.json and the weights of owner/name, downloaded if need be."""
     by_hand = (
         f"download config.json and model.safetensors from https://huggingface.co/{name} into a folder, and name it"
@@ -108,7 +108,7 @@ def download(name: str, source: str) -> Path:
         for file in READERS:
             stem, suffix = file.split(".")
             folder = Path(snapshot_download(name, allow_patterns=["config.json", f"{stem}*.{suffix}*"]))
-            if find(folder):
+            if find_weights(folder):
                 return folder
     except Exception as error:  # no network, no such model, no right to it, a full disk: one remedy
         reason = str(error).partition("\n")[0][:200]

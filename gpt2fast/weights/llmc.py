@@ -25,7 +25,7 @@ HEADER_INTS = 256
 VERSIONS = {3: torch.float32, 5: torch.bfloat16}
 
 
-def read(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+def read_bin(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Shape and tensors, memory-mapped, in the file's dtype. The size is checked before anything is made of it."""
     size = path.stat().st_size
     if size < 4 * HEADER_INTS:
@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     return config, tensors | {"wte.weight": tensors["wte.weight"][:V]}
 
 
-def write(file: BinaryIO, config: GPTConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def write_bin(file: BinaryIO, config: GPTConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Our tensors -> a model file, version 3 or 5 by `dtype`."""
     (version,) = (version for version, known in VERSIONS.items() if known == dtype)
     Vp = -(-config.vocab_size // 128) * 128

@@ -11,8 +11,8 @@ from gpt2fast.errors import UserError
 from gpt2fast.files import checked, containers
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import Backend, OpsConfig
-from gpt2fast.weights import checkpoint, foreign
-from gpt2fast.weights.foreign import Weights
+from gpt2fast.weights import checkpoint
+from gpt2fast.weights.foreign import Weights, assemble, read_foreign
 
 
 def load_model(
@@ -24,20 +24,20 @@ def load_model(
 
 
 def read_weights(source: str | Path) -> Weights:
-    """The weights of a run (its newest checkpoint), of one checkpoint, or of any other source `foreign.read` accepts.
+    """The weights of a run (its newest checkpoint), of one checkpoint, or of any other source `read_foreign` accepts.
 
     UserError if they are not sound: a checkpoint must match its checksums.
     """
     path = _checkpoint(Path(source))
     if path is None:
-        return foreign.read(source)
+        return read_foreign(source)
     state = checkpoint.read_state(path)
     try:
         model = checked.fill(GPTConfig, state["config"]["model"])
         state["ops"] = _recorded_ops(path, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}/state.json describes no model ({type(error).__name__}: {error})") from None
-    weights = foreign.assemble(model, containers.read_safetensors(path / "model.safetensors"), str(path))
+    weights = assemble(model, containers.read_safetensors(path / "model.safetensors"), str(path))
     return replace(weights, state=state)
 
 

@@ -23,7 +23,7 @@ NAME = "ckpt.pt"
 _EMBEDDINGS = ("wte.weight", "wpe.weight", "lm_head.weight")
 
 
-def read(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
+def read_ckpt(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
     """The shape, where "model_args" tells it, and the tensors under the file's names."""
     stored = read_pickle(path)
     tensors = stored.get("model", stored)

@@ -44,7 +44,7 @@ def find_index(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read(index: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
+def read_tensorflow(index: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
     """The shape, where hparams.json tells it, and the tensors, memory-mapped, under our names, matrices (in, out)."""
     try:
         with checked.open_file(index) as file:
@@ -70,7 +70,7 @@ def read(index: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
     return _config_beside(index), _in_our_names(tensors)
 
 
-def read_npz(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
+def read_numpy(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
     """The same of NumPy's archive."""
     try:
         tensors = {name: torch.from_numpy(array) for name, array in containers.read_npz(path).items()}

@@ -63,7 +63,7 @@ def test_shakespeare_is_split_and_encoded_as_nanogpt_does(tmp_path, capsys):
     assert manifest["source"]["sha256"] == hashlib.sha256(PLAY.encode()).hexdigest()
     assert (manifest["documents"], manifest["separator"]) == (1, "none")
     assert "is not the known shakespeare: its sha256 is" in capsys.readouterr().out
-    assert corpora.compare(manifest) == {}
+    assert corpora.compare_counts(manifest) == {}
 
 
 def test_genuine_shakespeare_must_have_the_known_counts(tmp_path, corpus, capsys):
@@ -75,7 +75,7 @@ def test_genuine_shakespeare_must_have_the_known_counts(tmp_path, corpus, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
     corpus("shakespeare", known=known)
     manifest, _ = go(tmp_path, "shakespeare", from_=tmp_path)
-    assert corpora.compare(manifest) == {name: (count, count) for name, count in known.items()}
+    assert corpora.compare_counts(manifest) == {name: (count, count) for name, count in known.items()}
     assert "not the known" not in capsys.readouterr().out
 
 
@@ -111,7 +111,7 @@ def test_of_openwebtext_every_2000th_document_validates(tmp_path, capsys):
     manifest, shards = go(tmp_path, "openwebtext", from_=rows(tmp_path / "in"))
     assert shards["val_000000.bin"] == encode_documents([DOCUMENTS[1999], DOCUMENTS[3999]])
     assert shards["train_000000.bin"] == encode_documents(DOCUMENTS[:1999] + DOCUMENTS[2000:3999] + DOCUMENTS[4000:])
-    assert corpora.compare(manifest)["documents"] == (4100, 8_013_769)
+    assert corpora.compare_counts(manifest)["documents"] == (4100, 8_013_769)
 
 
 @pytest.mark.parametrize(

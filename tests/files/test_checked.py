@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="m
         ({"train.bin": "fifo"}, lambda folder: dataset.open_folder(folder, 50257)),
         ({"model.safetensors": "fifo"}, lambda folder: containers.read_safetensors(folder / "model.safetensors")),
         ({"a.pt": "/dev/zero"}, lambda folder: containers.read_pickle(folder / "a.pt")),
-        ({"a.index": "fifo"}, lambda folder: openai.read(folder / "a.index")),
+        ({"a.index": "fifo"}, lambda folder: openai.read_tensorflow(folder / "a.index")),
         ({"manifest.json": "fifo"}, checkpoint.read_state),
         ({"rows.jsonl": "/dev/zero"}, lambda folder: hellaswag.read(folder / "rows.jsonl")),
     ],

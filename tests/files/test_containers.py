@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt2fast.data import dataset
-from gpt2fast.weights import foreign
+from gpt2fast.weights.foreign import read_foreign
 from tests.tools import foreign_files, targets
 from tests.tools.hostile import Call, npy, refused, zipped
 
@@ -22,12 +22,12 @@ def test_an_npy_header_promises_no_more_than_the_file(tmp_path, shape):
     (tmp_path / "train.npy").write_bytes(npy(shape))
     refused(lambda: dataset.open_folder(tmp_path, 50257), "damaged NumPy file")
     (tmp_path / "a.npz").write_bytes(zipped({"model/wte.npy": npy(shape)}))
-    refused(lambda: foreign.read(tmp_path / "a.npz"), "damaged or no such archive")
+    refused(lambda: read_foreign(tmp_path / "a.npz"), "damaged or no such archive")
 
 
 def test_an_archive_does_not_unpack_to_many_times_its_size(tmp_path):
     (tmp_path / "a.npz").write_bytes(zipped({"model/wte.npy": npy("(100000000,)", bytes(2 * 10**8))}))
-    refused(lambda: foreign.read(tmp_path / "a.npz"), "unpack to 200,000")
+    refused(lambda: read_foreign(tmp_path / "a.npz"), "unpack to 200,000")
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz"])
@@ -38,7 +38,7 @@ def test_no_object_is_unpickled_from_numpys_files(tmp_path, monkeypatch, kind):
     if kind == "npy":
         refused(lambda: dataset.open_folder(tmp_path, 50257), "train.npy is a damaged NumPy file")
     else:
-        refused(lambda: foreign.read("a.npz"), "is damaged or no such archive")
+        refused(lambda: read_foreign("a.npz"), "is damaged or no such archive")
     assert not Path("ran").exists()
 
 
@@ -46,19 +46,22 @@ def test_no_object_is_unpickled_from_numpys_files(tmp_path, monkeypatch, kind):
 def test_a_pickle_calls_nothing_that_a_state_dict_does_not_need(tmp_path, call):
     """torch.load with weights_only would call these, and they take what memory they are told to take."""
     torch.save({"a": call}, tmp_path / "a.pt", pickle_module=pickle)
-    refused(lambda: foreign.read(tmp_path / "a.pt"), "wants to run code")
+    refused(lambda: read_foreign(tmp_path / "a.pt"), "wants to run code")
 
 
 def test_a_pickle_of_torch_before_1_6_is_refused_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(3), "x": targets.Code()}, "a.pt", _use_new_zipfile_serialization=False)
-    refused(lambda: foreign.read("a.pt"), "a.pt is in the format of torch before 1.6: load it with torch.load and save")
+    refused(
+        lambda: read_foreign("a.pt"),
+        "a.pt is in the format of torch before 1.6: load it with torch.load and save",
+    )
     assert not Path("ran").exists()
 
 
 def test_a_compressed_member_of_a_pickle_is_refused(tmp_path):
     (tmp_path / "a.pt").write_bytes(zipped({"a/data.pkl": bytes(10**8)}))
-    refused(lambda: foreign.read(tmp_path / "a.pt"), "is compressed: torch.save writes none")
+    refused(lambda: read_foreign(tmp_path / "a.pt"), "is compressed: torch.save writes none")
 
 
 @pytest.mark.parametrize(
@@ -70,22 +73,22 @@ def test_a_compressed_member_of_a_pickle_is_refused(tmp_path):
 )
 def test_tensors_are_no_larger_than_their_file(tmp_path, tensors):
     torch.save(tensors, tmp_path / "a.pt")
-    refused(lambda: foreign.read(tmp_path / "a.pt"), "and its tensors")
+    refused(lambda: read_foreign(tmp_path / "a.pt"), "and its tensors")
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")])
 def test_odd_tensors_are_refused(tmp_path, tensor):
     torch.save({"wte.weight": tensor}, tmp_path / "a.pt")
-    refused(lambda: foreign.read(tmp_path / "a.pt"), "sparse, quantized or on another device|wants to run code")
+    refused(lambda: read_foreign(tmp_path / "a.pt"), "sparse, quantized or on another device|wants to run code")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../a.safetensors", "/etc/passwd", "a\\b", "a\0b", 1, None, ["a"]])
 def test_parts_lie_in_the_folder_of_their_list(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    refused(lambda: foreign.read(tmp_path), "index.json is damaged")
+    refused(lambda: read_foreign(tmp_path), "index.json is damaged")
 
 
 def test_a_model_of_a_billion_layers_is_refused_before_anything_is_made_of_it(tmp_path):
     for name, value in (("n_layer", 10**9), ("n_embd", 2 * 10**9), ("n_positions", 10**12), ("vocab_size", 10**12)):
         folder = foreign_files.huggingface_folder(tmp_path / name, **{name: value})
-        refused(lambda folder=folder: foreign.read(folder), "only 28 tensors|misshapen")
+        refused(lambda folder=folder: read_foreign(folder), "only 28 tensors|misshapen")

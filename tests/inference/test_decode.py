@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gpt2fast.inference import decode
-from gpt2fast.inference.decode import Decoder, Sampling, choose, generate
+from gpt2fast.inference.decode import Decoder, Sampling, choose_tokens, generate
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
 from tests.tools.inputs import randomise
@@ -46,7 +46,7 @@ def without_a_cache(model: GPT, prompt: list[int], n: int) -> list[int]:
 
 def frequencies(logits: Tensor, sampling: Sampling, n: int = 20000) -> Tensor:
     """(V,): of numbers evenly spread over [0, 1)."""
-    tokens = choose(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, sampling)
+    tokens = choose_tokens(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, sampling)
     return torch.bincount(tokens, minlength=logits.shape[-1]) / n
 
 
@@ -98,10 +98,10 @@ def test_the_same_tokens_are_left_as_by_transformers(sampling):
 def test_the_ends_of_the_numbers_range():
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf]]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-24])
-    assert choose(logits, ends, Sampling(temperature=1.0, top_k=0)).tolist() == [1, 2]
-    assert choose(logits, ends, Sampling(temperature=1.0, top_k=2)).tolist() == [1, 2]
-    assert choose(logits, ends, Sampling(temperature=1.0, top_k=0, top_p=0.5)).tolist() == [1, 1]
-    assert choose(logits, ends, GREEDY).tolist() == [1, 1]
+    assert choose_tokens(logits, ends, Sampling(temperature=1.0, top_k=0)).tolist() == [1, 2]
+    assert choose_tokens(logits, ends, Sampling(temperature=1.0, top_k=2)).tolist() == [1, 2]
+    assert choose_tokens(logits, ends, Sampling(temperature=1.0, top_k=0, top_p=0.5)).tolist() == [1, 1]
+    assert choose_tokens(logits, ends, GREEDY).tolist() == [1, 1]
 
 
 # rows

@@ -17,7 +17,7 @@ from gpt2fast.errors import RunError, UserError
 from gpt2fast.export import ExportConfig
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
-from gpt2fast.weights import foreign
+from gpt2fast.weights.foreign import read_foreign
 from tests.tools import foreign_files
 from tests.tools.accuracy import assert_as_accurate
 from tests.tools.foreign_files import CONFIG, conv1d, random_tensors
@@ -78,7 +78,7 @@ def test_transformers_loads_the_same_bits(exported):
 
 def test_transformers_computes_the_same_logits(exported):
     folder, results = exported
-    found = foreign.read(folder / "fp32")
+    found = read_foreign(folder / "fp32")
     model = GPT(found.config, build(OpsConfig()))
     model.load_state_dict(found.tensors)
     assert_as_accurate(model(IDX), results["truth"], results["fp32"]["logits"], name="logits")
@@ -111,7 +111,7 @@ def test_transformers_has_the_same_tokenizer(exported):
 def test_there_and_back_is_exact(exported, tmp_path):
     """Ours -> theirs -> ours; theirs -> ours -> theirs, from a file that transformers wrote."""
     folder, _ = exported
-    found = foreign.read(folder / "fp32")
+    found = read_foreign(folder / "fp32")
     assert found.config == CONFIG
     assert list(found.tensors) == list(random_tensors())
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in random_tensors().items())
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, format):
 
     source = stored(tmp_path / "a")
     monkeypatch.setattr(export, "save_file", full)
-    monkeypatch.setattr(export.llmc, "write", full)
+    monkeypatch.setattr(export.llmc, "write_bin", full)
     out = tmp_path / ("b.bin" if format == "llm.c" else "b")
     with pytest.raises(RunError, match=r"cannot write .*b.*No space left.*free some space"):
         export.export(ExportConfig(source=str(source), out=out, format=format))

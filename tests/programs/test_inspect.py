@@ -20,7 +20,7 @@ from tests.tools import tiny
 
 
 def test_the_table_holds_every_tensor(weights):
-    lines = [line.split("  ") for line in inspect.table(weights).splitlines()]
+    lines = [line.split("  ") for line in inspect.tensor_table(weights).splitlines()]
     rows = {line[0]: [part.strip() for part in line[1:] if part.strip()] for line in lines[1:]}
     assert list(rows) == [*weights.tensors, "total"]
     for name, tensor in weights.tensors.items():
@@ -30,14 +30,14 @@ def test_the_table_holds_every_tensor(weights):
         assert n == f"{x.size:,}"
         assert (mean, std) == (f"{x.mean():.6f}", f"{x.std():.6f}")
     assert rows["total"] == [f"{50257 * 16 + 16 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16:,}"]
-    assert len({len(line) for line in inspect.table(weights).splitlines()[:-1]}) == 1  # aligned
+    assert len({len(line) for line in inspect.tensor_table(weights).splitlines()[:-1]}) == 1  # aligned
 
 
 def test_a_mean_is_summed_in_float64():
     tensor = torch.full((2**20,), 1.0)
     tensor[0] = 2.0**24
     weights = Weights(tiny.MODEL, {"a": tensor}, "")
-    assert f"{tensor.numpy().astype(np.float64).mean():.6f}" in inspect.table(weights)
+    assert f"{tensor.numpy().astype(np.float64).mean():.6f}" in inspect.tensor_table(weights)
 
 
 def test_what_the_tied_head_saves(weights):
@@ -108,18 +108,18 @@ def test_command_line(finished, run_module, tmp_path):
 
 
 def test_a_label_says_what_computed_it(finished, tmp_path):
-    assert inspect.label(finished.folder, "a") == "a: torch, fp32"
+    assert inspect.run_label(finished.folder, "a") == "a: torch, fp32"
     record = json.loads((finished.folder / "config.json").read_text())
     record["resolved"] |= {"compile": True, "ops": record["resolved"]["ops"] | {"mlp": "triton"}}
     (tmp_path / "config.json").write_text(json.dumps(record))
-    assert inspect.label(tmp_path, "b") == "b: torch, mlp=triton, fp32, compiled"
+    assert inspect.run_label(tmp_path, "b") == "b: torch, mlp=triton, fp32, compiled"
 
 
 def test_names():
-    assert inspect.names(["out/a", "out/b/", "gpt2"]) == ["a", "b", "gpt2"]
-    assert inspect.names(["x/a", "y/a", "out/b"]) == ["x_a", "y_a", "b"]
+    assert inspect.folder_names(["out/a", "out/b/", "gpt2"]) == ["a", "b", "gpt2"]
+    assert inspect.folder_names(["x/a", "y/a", "out/b"]) == ["x_a", "y_a", "b"]
     with pytest.raises(UserError, match="named twice"):
-        inspect.names(["out/a", "./out/a/"])
+        inspect.folder_names(["out/a", "./out/a/"])
 
 
 def copy_run(finished, folder, metrics):

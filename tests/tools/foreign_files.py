@@ -73,7 +73,7 @@ def run_transformers(code: str, folder: Path) -> str:
     return programs.run("-c", code, cwd=folder, env=env, check=True).stdout
 
 
-def same(got, needed) -> None:
+def assert_same_tensors(got, needed) -> None:
     assert list(got) == list(needed)
     for name, tensor in needed.items():
         assert got[name].dtype == torch.float32

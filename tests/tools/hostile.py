@@ -47,16 +47,16 @@ def varint(n: int) -> bytes:
     return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
 
 
-def block(entries: bytes) -> bytes:
+def tensorflow_block(entries: bytes) -> bytes:
     content = entries + bytes(4) + b"\x01\0\0\0" + b"\0"
     return content + openai._masked_crc32c(content).to_bytes(4, "little")
 
 
-def table(inner: bytes, handles: int) -> bytes:
+def tensorflow_table(inner: bytes, handles: int) -> bytes:
     """An index of so many entries that all name one block."""
     size = len(inner) - 5
     handle = varint(0) + varint(size)
     names = [b"%d" % i for i in range(handles)]
-    outer = block(b"".join(varint(0) + varint(len(n)) + varint(len(handle)) + n + handle for n in names))
+    outer = tensorflow_block(b"".join(varint(0) + varint(len(n)) + varint(len(handle)) + n + handle for n in names))
     footer = varint(0) + varint(0) + varint(len(inner)) + varint(len(outer) - 5)
     return inner + outer + footer.ljust(40, b"\0") + openai.MAGIC.to_bytes(8, "little")

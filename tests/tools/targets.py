@@ -23,7 +23,8 @@ from gpt2fast.inference import hellaswag
 from gpt2fast.model import GPT
 from gpt2fast.training import config, optim, record
 from gpt2fast.training.config import PRESETS
-from gpt2fast.weights import checkpoint, foreign, load
+from gpt2fast.weights import checkpoint, load
+from gpt2fast.weights.foreign import read_foreign
 from gpt2fast.weights.openai import _masked_crc32c
 from tests.tools import foreign_files, tiny
 from tests.tools.command_lines import CommandLine, run_program
@@ -40,7 +41,7 @@ class Code:
 
 def read_weights(name: str = "") -> Callable[[Path], object]:
     """Also look at each number, as a model would."""
-    return lambda folder: [float(t.sum()) for t in foreign.read(folder / name).tensors.values()]
+    return lambda folder: [float(t.sum()) for t in read_foreign(folder / name).tensors.values()]
 
 
 def hugging_face() -> Files:
@@ -189,8 +190,8 @@ def jsonl_files() -> Files:
 
 
 def read_text(folder: Path) -> object:
-    pieces = list(texts.read(texts.find([folder], (".txt", ".jsonl")), "text", 3))
-    return encode.encode(tokenizer.load(), pieces, True)
+    pieces = list(texts.read_pieces(texts.find_files([folder], (".txt", ".jsonl")), "text", 3))
+    return encode.encode_pieces(tokenizer.load(), pieces, True)
 
 
 IDENTITY = {"source": "files", "shard-tokens": 50}
@@ -205,7 +206,7 @@ def half_prepared() -> Files:
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def go_on_preparing(folder: Path) -> object:
+def resume_preparing(folder: Path) -> object:
     made = writer.Writer(folder, 50, None, False, IDENTITY)
     made.resume()
     made.add([texts.Piece("x", True)], [np.arange(60, dtype=np.uint16)], made.done.state)
@@ -251,6 +252,6 @@ TARGETS = {
     "HellaSwag": Target(hellaswag_rows, lambda folder: hellaswag.read(folder / "rows.jsonl")),
     "text": Target(text_files, read_text),
     "jsonl": Target(jsonl_files, read_text),
-    "half prepared": Target(half_prepared, go_on_preparing, writes=True),
+    "half prepared": Target(half_prepared, resume_preparing, writes=True),
     "command line": CommandLine(lambda: {"argv.json": b"[]"}, run_program),
 }  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_checkpoint_of_another_shape_is_refused(folder, capsys):
     _, path = checkpoint.list_checkpoints(c.folder / "checkpoints")[-1]
     wider = GPT(replace(tiny.MODEL, n_embd=32), build(OpsConfig()))
     with pytest.raises(UserError, match=r"does not fit the model: .*size mismatch for wte.weight"):
-        checkpoint.load_model(path, wider)
+        checkpoint.load_weights(path, wider)
 
 
 def test_files_have_the_users_usual_mode(folder, capsys):

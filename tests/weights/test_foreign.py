@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPT, SIZES
 from gpt2fast.ops import OpsConfig, build
-from gpt2fast.weights import foreign
+from gpt2fast.weights.foreign import read_foreign
 from tests.tools import foreign_files
 from tests.tools.accuracy import assert_as_accurate
-from tests.tools.foreign_files import CONFIG, OPENAI, conv1d, nanogpt_checkpoint, random_tensors, same
+from tests.tools.foreign_files import CONFIG, OPENAI, assert_same_tensors, conv1d, nanogpt_checkpoint, random_tensors
 
 BY_HUGGING_FACE = """
 import copy, torch
@@ -54,11 +54,11 @@ def by_huggingface(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["safetensors", "without-prefix", "in-parts", "pickle"])
 def test_hugging_face(by_huggingface, kind):
-    found = foreign.read(by_huggingface / kind)
+    found = read_foreign(by_huggingface / kind)
     results = torch.load(by_huggingface / "results.pt")
     assert found.config == CONFIG
     assert found.where == str(by_huggingface / kind)
-    same(conv1d(found.tensors), {name: results["state"][name] for name in conv1d(found.tensors)})
+    assert_same_tensors(conv1d(found.tensors), {name: results["state"][name] for name in conv1d(found.tensors)})
     model = GPT(CONFIG, build(OpsConfig()))
     model.load_state_dict(found.tensors)
     assert_as_accurate(model(results["idx"]), results["truth"], results["base"], name="logits")
@@ -66,27 +66,27 @@ def test_hugging_face(by_huggingface, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_widened_exactly(by_huggingface, dtype):
-    exact = foreign.read(by_huggingface / "safetensors").tensors
-    found = foreign.read(by_huggingface / str(dtype))
+    exact = read_foreign(by_huggingface / "safetensors").tensors
+    found = read_foreign(by_huggingface / str(dtype))
     assert found.config == CONFIG
-    same(found.tensors, {name: tensor.to(dtype).float() for name, tensor in exact.items()})
+    assert_same_tensors(found.tensors, {name: tensor.to(dtype).float() for name, tensor in exact.items()})
 
 
 def test_a_file_by_itself_is_read_with_the_config_beside_it(tmp_path):
     needed = random_tensors()
     folder = foreign_files.huggingface_folder(tmp_path / "a")
-    same(foreign.read(folder / "model.safetensors").tensors, needed)
+    assert_same_tensors(read_foreign(folder / "model.safetensors").tensors, needed)
     torch.save(conv1d(needed), folder / "any.bin")
-    assert foreign.read(folder / "any.bin").config == CONFIG
+    assert read_foreign(folder / "any.bin").config == CONFIG
 
 
 def test_without_a_config_the_table_of_sizes_tells_the_heads(tmp_path):
     config = replace(SIZES["nano"], block_size=8, vocab_size=50)
     save_file(conv1d(random_tensors(config), ""), tmp_path / "known.safetensors")
-    assert foreign.read(tmp_path / "known.safetensors").config == config
+    assert read_foreign(tmp_path / "known.safetensors").config == config
     save_file(conv1d(random_tensors()), tmp_path / "unknown.safetensors")
     with pytest.raises(UserError, match="2 layers of width 16 are no size that is known.*put the config.json"):
-        foreign.read(tmp_path / "unknown.safetensors")
+        read_foreign(tmp_path / "unknown.safetensors")
 
 
 def test_what_is_read_may_be_changed_and_the_file_stays(tmp_path):
@@ -94,9 +94,9 @@ def test_what_is_read_may_be_changed_and_the_file_stays(tmp_path):
     nanogpt_checkpoint(tmp_path / "ckpt.pt", CONFIG, random_tensors())
     (tmp_path / "gpt2.bin").write_bytes(foreign_files.llmc_file(CONFIG, random_tensors(), 3))
     for source in (tmp_path / "a", tmp_path / "ckpt.pt", tmp_path / "gpt2.bin"):
-        for tensor in foreign.read(source).tensors.values():
+        for tensor in read_foreign(source).tensors.values():
             tensor.zero_()
-        same(foreign.read(source).tensors, random_tensors())
+        assert_same_tensors(read_foreign(source).tensors, random_tensors())
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_what_is_read_may_be_changed_and_the_file_stays(tmp_path):
 )
 def test_what_is_no_gpt2_as_we_compute_it_is_refused(tmp_path, changes, match):
     with pytest.raises(UserError, match=match):
-        foreign.read(foreign_files.huggingface_folder(tmp_path / "a", **changes))
+        read_foreign(foreign_files.huggingface_folder(tmp_path / "a", **changes))
 
 
 def test_harmless_settings_are_read(tmp_path):
     settings = {"activation_function": "gelu_pytorch_tanh", "n_inner": 64, "reorder_and_upcast_attn": True}
-    assert foreign.read(foreign_files.huggingface_folder(tmp_path / "a", **settings)).config == CONFIG
+    assert read_foreign(foreign_files.huggingface_folder(tmp_path / "a", **settings)).config == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -142,13 +142,15 @@ def test_harmless_settings_are_read(tmp_path):
 )
 def test_every_tensor_is_accounted_for(tmp_path, change, match):
     with pytest.raises(UserError, match=match):
-        foreign.read(foreign_files.huggingface_folder(tmp_path / "a", change(conv1d(random_tensors()))))
+        read_foreign(foreign_files.huggingface_folder(tmp_path / "a", change(conv1d(random_tensors()))))
 
 
 def test_a_tied_head_that_is_stored_is_read(tmp_path):
     tensors = conv1d(random_tensors())
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
-    same(foreign.read(foreign_files.huggingface_folder(tmp_path / "a", tensors)).tensors, random_tensors())
+    assert_same_tensors(
+        read_foreign(foreign_files.huggingface_folder(tmp_path / "a", tensors)).tensors, random_tensors()
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.npz", "model.bin", "ckpt.pt"])
@@ -170,7 +172,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, name):
     for n in sorted({0, 1, 3, 4, 100, 1500, len(whole) // 2, len(whole) - 1000, len(whole) - 4, len(whole) - 1}):
         (tmp_path / name).write_bytes(whole[:n])
         with pytest.raises(UserError, match="truncated|damaged|is no file of weights"):
-            foreign.read(tmp_path / name)
+            read_foreign(tmp_path / name)
 
 
 class Code:
@@ -188,7 +190,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch, n
     torch.save({"model": random_tensors(), "config": Code()}, name)
     for source in (name, ".") if name != "other.pt" else (name,):
         with pytest.raises(UserError, match=r"wants to run code \(\w+\.mkdir\).*save model.state_dict\(\) alone"):
-            foreign.read(source)
+            read_foreign(source)
     assert not Path("ran").exists()
 
 
@@ -200,19 +202,19 @@ def test_what_a_pickle_holds_must_be_tensors(tmp_path):
     ):
         torch.save(value, tmp_path / "a.pt")
         with pytest.raises(UserError, match=match):
-            foreign.read(tmp_path / "a.pt")
+            read_foreign(tmp_path / "a.pt")
 
 
 def test_what_holds_nothing_known_is_refused_with_what_is_known(tmp_path):
     with pytest.raises(UserError, match="holds no run and no weights.*Hugging Face folder.*llm.c's .bin.*nanoGPT"):
-        foreign.read(tmp_path)
+        read_foreign(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(UserError, match="notes.txt is no file of weights"):
-        foreign.read(tmp_path / "notes.txt")
+        read_foreign(tmp_path / "notes.txt")
 
 
 def test_an_index_of_parts_must_stay_in_its_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(UserError, match="index.json is damaged.*a file outside the folder"):
-        foreign.read(tmp_path)
+        read_foreign(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt2fast.errors import UserError
-from gpt2fast.weights import foreign
+from gpt2fast.weights.foreign import read_foreign
 from tests.tools import foreign_files
 from tests.tools.foreign_files import conv1d, random_tensors
 
@@ -37,7 +37,7 @@ def test_from_the_hub(tmp_path, monkeypatch, source):
     repository = foreign_files.huggingface_folder(tmp_path / "repository")
     torch.save({"never": "downloaded"}, repository / "pytorch_model.bin")
     asked = fake_hub(monkeypatch, repository)
-    found = foreign.read(source)
+    found = read_foreign(source)
     assert asked == ["openai-community/gpt2-xl" if source == "gpt2-xl" else source]
     assert found.where == f"{asked[0]} on the hub"
     assert not (tmp_path / "cache" / "pytorch_model.bin").exists()
@@ -49,19 +49,19 @@ def test_from_the_hub_where_there_are_no_safetensors(tmp_path, monkeypatch):
     (repository / "model.safetensors").unlink()
     fake_hub(monkeypatch, repository)
     with pytest.raises(UserError, match="has neither model.safetensors nor pytorch_model.bin"):
-        foreign.read("gpt2")
+        read_foreign("gpt2")
     torch.save(conv1d(random_tensors()), repository / "pytorch_model.bin")
-    assert torch.equal(foreign.read("gpt2").tensors["wte.weight"], random_tensors()["wte.weight"])
+    assert torch.equal(read_foreign("gpt2").tensors["wte.weight"], random_tensors()["wte.weight"])
 
 
 def test_a_path_wins_over_the_hub(tmp_path, monkeypatch):
     asked = fake_hub(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     foreign_files.huggingface_folder(tmp_path / "gpt2")
-    assert foreign.read("gpt2").where == "gpt2"
+    assert read_foreign("gpt2").where == "gpt2"
     for path in ("../gpt2-mine", "/data/gpt2", "out/model.bin", "a/b/c", "gpt3", "out/"):
         with pytest.raises(UserError, match="does not exist: name a run's folder"):
-            foreign.read(path)
+            read_foreign(path)
     assert not asked
 
 
@@ -70,7 +70,7 @@ def test_without_the_hub_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     by_hand = "download config.json and model.safetensors from https://huggingface.co/someone/gpt2 into a folder"
     with pytest.raises(UserError, match=rf"someone/gpt2 did not come from the hub \(\w+: .*\): {by_hand}"):
-        foreign.read("someone/gpt2")
+        read_foreign("someone/gpt2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=rf"pip install 'gpt2fast\[hub\]'; or {by_hand}"):
-        foreign.read("someone/gpt2")
+        read_foreign("someone/gpt2")

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from gpt2fast.errors import UserError
-from gpt2fast.weights import foreign
+from gpt2fast.weights.foreign import read_foreign
 from tests.tools import foreign_files
-from tests.tools.foreign_files import CONFIG, random_tensors, same
+from tests.tools.foreign_files import CONFIG, assert_same_tensors, random_tensors
 
 
 @pytest.mark.parametrize(("version", "dtype"), [(3, torch.float32), (5, torch.bfloat16)])
 def test_llmc(tmp_path, version, dtype):
     (tmp_path / "gpt2.bin").write_bytes(foreign_files.llmc_file(CONFIG, random_tensors(), version))
-    found = foreign.read(tmp_path / "gpt2.bin")
+    found = read_foreign(tmp_path / "gpt2.bin")
     assert found.config == CONFIG
-    same(found.tensors, {name: tensor.to(dtype).float() for name, tensor in random_tensors().items()})
+    assert_same_tensors(found.tensors, {name: tensor.to(dtype).float() for name, tensor in random_tensors().items()})
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_llmcs_header_must_fit_the_file(tmp_path, field, value, match):
     header[field] = value
     (tmp_path / "gpt2.bin").write_bytes(header.tobytes())
     with pytest.raises(UserError, match=match):
-        foreign.read(tmp_path / "gpt2.bin")
+        read_foreign(tmp_path / "gpt2.bin")
     (tmp_path / "gpt2.bin").write_bytes(header.tobytes()[:100])
     with pytest.raises(UserError, match="100 bytes are less than its header"):
-        foreign.read(tmp_path / "gpt2.bin")
+        read_foreign(tmp_path / "gpt2.bin")

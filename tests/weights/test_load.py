@@ -14,7 +14,8 @@ from gpt2fast.export import ExportConfig
 from gpt2fast.inference.decode import Sampling, generate
 from gpt2fast.model import GPT
 from gpt2fast.train import train
-from gpt2fast.weights import foreign, load
+from gpt2fast.weights import load
+from gpt2fast.weights.foreign import read_foreign
 from tests.tools import foreign_files, tiny
 from tests.tools.foreign_files import CONFIG, random_tensors
 
@@ -199,8 +200,8 @@ def test_heads_that_the_kernels_cannot_take_are_refused(tmp_path):
 def test_the_real_size(tmp_path):
     pytest.importorskip("transformers", reason="it makes the model")
     foreign_files.run_transformers(REAL_SIZE, tmp_path)
-    found = foreign.read(tmp_path / "safetensors")
-    other = foreign.read(tmp_path / "pickle").tensors
+    found = read_foreign(tmp_path / "safetensors")
+    other = read_foreign(tmp_path / "pickle").tensors
     assert found.config == foreign_files.GPTConfig()
     assert all(torch.equal(tensor, other[name]) for name, tensor in found.tensors.items())
     model = load.load_model(tmp_path / "pickle", CPU)

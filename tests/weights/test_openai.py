@@ -9,9 +9,10 @@ import torch
 
 from gpt2fast.errors import UserError
 from gpt2fast.model import GPTConfig
-from gpt2fast.weights import foreign, openai
+from gpt2fast.weights import openai
+from gpt2fast.weights.foreign import read_foreign
 from tests.tools.foreign_files import OPENAI
-from tests.tools.hostile import block, refused, table, varint
+from tests.tools.hostile import refused, tensorflow_block, tensorflow_table, varint
 
 
 def test_openais_checkpoint_without_tensorflow():
@@ -19,14 +20,14 @@ def test_openais_checkpoint_without_tensorflow():
     with np.load(OPENAI / "model.npz") as archive:
         stored = {name: torch.from_numpy(archive[name]) for name in archive}
     for source in (OPENAI, OPENAI / "model.ckpt.index", OPENAI / "model.npz"):
-        found = foreign.read(source)
+        found = read_foreign(source)
         assert found.config == expected
         assert torch.equal(found.tensors["wte.weight"], stored["model/wte"])
         assert torch.equal(found.tensors["h.1.ln_2.weight"], stored["model/h1/ln_2/g"])
         assert torch.equal(found.tensors["h.0.attn.c_attn.weight"], stored["model/h0/attn/c_attn/w"][0].T)
         assert torch.equal(found.tensors["h.1.mlp.c_proj.bias"], stored["model/h1/mlp/c_proj/b"])
-    by_numpy = foreign.read(OPENAI / "model.npz").tensors
-    assert all(torch.equal(tensor, by_numpy[name]) for name, tensor in foreign.read(OPENAI).tensors.items())
+    by_numpy = read_foreign(OPENAI / "model.npz").tensors
+    assert all(torch.equal(tensor, by_numpy[name]) for name, tensor in read_foreign(OPENAI).tensors.items())
 
 
 @pytest.fixture
@@ -36,12 +37,12 @@ def release(tmp_path) -> Path:
 
 def test_a_flipped_byte_of_the_index_is_refused_or_does_not_matter(release):
     index = release / "model.ckpt.index"
-    whole, needed = index.read_bytes(), foreign.read(release).tensors
+    whole, needed = index.read_bytes(), read_foreign(release).tensors
     refused = 0
     for i in range(len(whole)):
         index.write_bytes(whole[:i] + bytes([whole[i] ^ 0x5A]) + whole[i + 1 :])
         try:
-            found = foreign.read(release).tensors
+            found = read_foreign(release).tensors
             assert all(torch.equal(tensor, needed[name]) for name, tensor in found.items())
         except UserError as error:
             assert "is damaged or no TensorFlow checkpoint" in str(error)
@@ -54,31 +55,31 @@ def test_what_is_missing_or_cut_beside_the_index_is_refused(release):
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
     with pytest.raises(UserError, match="index is damaged.*in data of 16895 bytes"):
-        foreign.read(release)
+        read_foreign(release)
     data.unlink()
     with pytest.raises(UserError, match="data-00000-of-00001 cannot be read"):
-        foreign.read(release)
+        read_foreign(release)
     data.write_bytes(whole)
     (release / "hparams.json").write_text('{"n_vocab": 29}')
     with pytest.raises(UserError, match="hparams.json describes no GPT-2"):
-        foreign.read(release)
+        read_foreign(release)
     (release / "hparams.json").unlink()
     with pytest.raises(UserError, match="no size that is known"):
-        foreign.read(release)
+        read_foreign(release)
     shutil.copy(release / "model.ckpt.index", release / "model-2.ckpt.index")
     with pytest.raises(UserError, match="holds 2 TensorFlow checkpoints: name one"):
-        foreign.read(release)
+        read_foreign(release)
 
 
 @pytest.mark.parametrize(
     ("inner", "handles", "match"),
     [
-        (block(varint(0) + varint(5000) + varint(0) + b"a" * 5000), 1, "a name of 5000 bytes"),
-        (block(varint(0) + varint(900) + varint(0) + b"a" * 900), 1000, "blocks that lie upon each other"),
-        (block(b"\x80" * 20 + b"\1"), 1, "more than 64 bits"),
+        (tensorflow_block(varint(0) + varint(5000) + varint(0) + b"a" * 5000), 1, "a name of 5000 bytes"),
+        (tensorflow_block(varint(0) + varint(900) + varint(0) + b"a" * 900), 1000, "blocks that lie upon each other"),
+        (tensorflow_block(b"\x80" * 20 + b"\1"), 1, "more than 64 bits"),
     ],
 )
 def test_a_tensorflow_index_cannot_repeat_itself(tmp_path, inner, handles, match):
     """A name may repeat the last one, and blocks may be named again: quadratic work and memory in a small file."""
-    (tmp_path / "a.index").write_bytes(table(inner, handles))
-    refused(lambda: openai.read(tmp_path / "a.index"), match)
+    (tmp_path / "a.index").write_bytes(tensorflow_table(inner, handles))
+    refused(lambda: openai.read_tensorflow(tmp_path / "a.index"), match)
