@@ -1,27 +1,13 @@
 """Writing tokens: the choice, rows of different lengths, the end, the window, the recorded step."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from gpt2fast.inference import decode
 from gpt2fast.inference.decode import Decoder, Sampling, choose_tokens, generate
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
-from tests.tools.inputs import randomise
-
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=211)
-GREEDY = Sampling(temperature=0)
-PROMPTS = [[3, 14, 15], [92], [65, 35, 89, 79, 32, 38, 46], [26, 43]]
-
-
-def make(config: GPTConfig = CONFIG, backend: str = "torch", device: torch.device | str = "cpu") -> GPT:
-    model = GPT(config, build(OpsConfig().with_backend(backend), torch.device(device).type))
-    randomise(model, 0.3, 1)
-    return model.to(device)
+from tests.tools.decoding import GREEDY, PROMPTS, ending, make
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +28,6 @@ def without_a_cache(model: GPT, prompt: list[int], n: int) -> list[int]:
 
 
 # the choice
-
-
 def frequencies(logits: Tensor, sampling: Sampling, n: int = 20000) -> Tensor:
     """(V,): of numbers evenly spread over [0, 1)."""
     tokens = choose_tokens(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, sampling)
@@ -105,8 +89,6 @@ def test_the_ends_of_the_numbers_range():
 
 
 # rows
-
-
 def test_greedy_takes_the_likeliest_token_each_time(model):
     got = generate(model, PROMPTS, 12, GREEDY).tolist()
     assert got == [without_a_cache(model, prompt, 12) for prompt in PROMPTS]
@@ -191,8 +173,6 @@ def test_in_bf16_weights_are_rounded_once_and_the_model_is_as_it_was(model):
 
 
 # the window
-
-
 @pytest.mark.parametrize("n", [18, 22, 27])
 def test_text_may_be_longer_than_the_block(n, model):
     """The longest row, 7 tokens, has no position left after the 17th new one, the shortest some later."""
@@ -215,18 +195,6 @@ def test_up_to_the_block_nothing_is_read_anew(model, monkeypatch):
 
 
 # the end
-
-
-def ending(model: GPT, n: int) -> tuple[list[list[int]], int]:
-    """What rows write without an end, and a token that two of them write in it, at different places."""
-    rows = generate(model, PROMPTS, n, GREEDY).tolist()
-    for token in rows[0][2:]:
-        places = {row.index(token) for row in rows if token in row}
-        if len(places) > 1 and sum(token in row for row in rows) < len(rows):
-            return rows, token
-    raise AssertionError("take other weights")
-
-
 @pytest.mark.parametrize("every", [1, 3, 16])
 def test_a_row_that_has_ended_is_padded_and_the_others_go_on(every, model):
     rows, stop = ending(model, 17)
@@ -257,65 +225,3 @@ def test_pieces_have_the_length_asked_for(model):
     assert lengths(1, 16) == [1]
     assert lengths(5, 1) == [1] * 5
     assert lengths(11, 4) == [1, 4, 4, 2]
-
-
-# the recorded step
-
-
-def traced(decoders: list[Decoder]):
-    """In the place of graph.record: the operators that the work calls, with every number that came from the host as it
-    was then. Nothing is done now, as on a GPU."""
-
-    def record(work, other=None):
-        (decoder,) = decoders
-        places = [decoder.tokens, decoder.length, decoder.ended, decoder.cache.k, decoder.cache.v]
-        before = [place.clone() for place in places]
-        program = make_fx(lambda nothing: work())(torch.zeros(()))
-        for place, value in zip(places, before):
-            place.copy_(value)
-
-        def replay():
-            with torch.no_grad():
-                program(torch.zeros(()))
-
-        return SimpleNamespace(replay=replay)
-
-    return record
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=9, top_p=0.8)], ids=["greedy", "drawn"])
-def test_a_recorded_step_writes_the_same(sampling, precision, model, monkeypatch):
-    """It finds token, position, number and place on the device; also across the block's end, where it is not used."""
-    made, replays = [], []
-    record = traced(made)
-
-    def counted(work, other=None):
-        recorded = record(work, other)
-        return SimpleNamespace(replay=lambda: replays.append(1) or recorded.replay())
-
-    monkeypatch.setattr(decode, "record_graph", counted)
-    settings = {"seeds": range(4), "precision": precision, "stop": ending(model, 17)[1]}
-    want = torch.cat(list(Decoder(model, PROMPTS, 30, sampling, **settings).stream()), 1)
-    assert not replays
-    made.append(Decoder(model, PROMPTS, 30, sampling, **settings))
-    made[0].recorded = True
-    assert torch.equal(torch.cat(list(made[0].stream()), 1), want)
-    assert len(replays) == 24 - 7 - decode.WARM
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_on_a_gpu_the_step_is_recorded_and_writes_the_same(backend, precision, device):
-    drawn = Sampling(temperature=1.0, top_k=20, top_p=0.9)
-    model = make(backend=backend, device=device)
-    for sampling in (GREEDY, drawn):
-        texts = []
-        for recorded in (True, False):
-            decoder = Decoder(model, PROMPTS, 30, sampling, seeds=range(4), precision=precision, stop=None)
-            assert decoder.recorded
-            decoder.recorded = recorded
-            texts.append(torch.cat(list(decoder.stream()), 1))
-            assert (decoder._graph is not None) == recorded
-        assert torch.equal(*texts)
