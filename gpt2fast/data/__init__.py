@@ -1,1 +1,1 @@
-"""From text to tokens, to shards, to batches."""
+"""Turn text into tokens, tokens into shards, and shards into batches."""

@@ -1,12 +1,12 @@
-"""Where the text comes from: corpora known by name, and files of one's own.
+"""The corpora that are known by name, and the user's own files.
 
-    shakespeare   TinyShakespeare, one file. Split and tokens are those of nanoGPT's data/shakespeare/prepare.py
-    fineweb-edu   10 billion tokens of FineWeb-Edu, from the Hugging Face hub. Cut as build-nanogpt's fineweb.py cuts
-    fineweb       the same of FineWeb, by which llm.c and modded-nanogpt go
-    openwebtext   a copy of what GPT-2 was trained on, from the hub. nanoGPT's documents; it holds out others
+    shakespeare   TinyShakespeare, one file; split and tokens as in nanoGPT's data/shakespeare/prepare.py
+    fineweb-edu   10 billion tokens of FineWeb-Edu, from the Hugging Face hub; cut as build-nanogpt's fineweb.py does
+    fineweb       10 billion tokens of FineWeb, from the hub, as used by llm.c and modded-nanogpt
+    openwebtext   a copy of GPT-2's training text, from the hub; nanoGPT's documents, but another validation split
 
-A corpus from the hub is streamed: no more than a file of it is on this machine at a time, and where a run stood can
-be written down in a few numbers. Each download can be replaced by files that were fetched by hand.
+A corpus from the hub is streamed: at most one of its files is on this machine at a time, and the position in the
+stream is a few numbers. Each download can be replaced by files that were fetched by hand.
 """
 
 import contextlib
@@ -22,31 +22,31 @@ from gpt2fast.data.texts import Piece
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.files.download import download
 
-Reading = tuple[Iterator[Piece], Callable[[], dict | None]]  # pieces; the source's state behind the last one taken
+Reading = tuple[Iterator[Piece], Callable[[], dict | None]]  # pieces; the source's state after the last one taken
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What is known of a corpus. Without `url` and `hub`: any files."""
+    """A corpus and what is known about it. Without `url` and `hub` it is any files."""
 
     url: str | None = None
     sha256: str | None = None
     hub: dict | None = None
-    """Arguments of datasets.load_dataset."""
+    """Arguments for datasets.load_dataset."""
     files: str = ""
-    """Where its files lie in the hub's repository."""
+    """The folder of its files in the hub's repository."""
     split: str
-    """In words, for the manifest."""
+    """The split in words, for the manifest."""
     val_every: int = 0
-    """Every so many documents, one validates."""
+    """Every val_every-th document is for validation; 0: none."""
     val_first: bool = False
-    """The first shard validates."""
+    """The first shard is the validation split."""
     separated: bool = True
-    """<|endoftext|> stands before each document."""
+    """Write <|endoftext|> before each document."""
     tokens: int = 0
-    """About, for the progress bar."""
+    """Approximate number of tokens, for the progress bar."""
     known: dict[str, int] = field(default_factory=dict)
-    """Counts that others found. "shards" are those of 10^8 tokens."""
+    """Counts that others published; "shards" are of 10^8 tokens."""
 
 
 CORPORA = {
@@ -72,7 +72,7 @@ CORPORA = {
         split="the first shard validates, the others train",
         val_first=True,
         tokens=10_350_000_000,
-        known={"shards": 104},  # one and 103 in llm.c's and modded-nanogpt's copy
+        known={"shards": 104},  # 1 + 103 in llm.c's and modded-nanogpt's copy
     ),
     "openwebtext": Corpus(
         hub={"path": "Skylion007/openwebtext"},
@@ -87,29 +87,29 @@ CORPORA = {
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus, and where it is read from."""
+    """A corpus and the place it is read from."""
 
     name: str
     corpus: Corpus
     about: dict
-    """For the manifest."""
+    """The source, for the manifest."""
     identity: dict
-    """What must not have changed where a killed run is gone on with."""
+    """Values that must be unchanged when a killed run is resumed."""
     bytes: int
-    """Of its files; 0 if that is not known."""
+    """Total size of its files in bytes; 0 if unknown."""
     read: Callable[[Path, int, dict | None], Reading]
-    """read(folder, start, state): the pieces behind the first `start`. What is downloaded is put into `folder`."""
+    """read(folder, start, state): the pieces after the first `start`. Downloads are put into `folder`."""
 
 
 def open_files(paths: Sequence[Path], suffixes: Sequence[str], field: str, val_fraction: float) -> Source:
-    """Files and folders of one's own. UserError if there are none."""
+    """Open the user's files and folders as a corpus. UserError if there are none."""
     every = round(1 / val_fraction) if val_fraction else 0
     split = f"every {every}th document, or the end of each of fewer texts, validates" if every else "all train"
     return _files("files", Corpus(split=split, val_every=every), paths, suffixes, field)
 
 
 def open_corpus(name: str, stand_in: Path | None, suffixes: Sequence[str], field: str) -> Source:
-    """A corpus of the table, read from `stand_in` if there is one. UserError if that is no such thing."""
+    """Open a corpus of the table, read from `stand_in` if given. UserError if `stand_in` cannot be that corpus."""
     corpus = CORPORA[name]
     if corpus.url:
         return _single(name, corpus, stand_in, suffixes)
@@ -133,7 +133,7 @@ def _files(name: str, corpus: Corpus, paths: Sequence[Path], suffixes: Sequence[
 
 
 def _single(name: str, corpus: Corpus, stand_in: Path | None, suffixes: Sequence[str]) -> Source:
-    """One small file, split by characters."""
+    """Open a corpus of one small file, split by characters."""
 
     def load(path: Path) -> tuple[str, str]:
         text = "".join(piece.text for piece in texts.read_pieces([path], "text", 0))
@@ -157,7 +157,7 @@ def _single(name: str, corpus: Corpus, stand_in: Path | None, suffixes: Sequence
     if stand_in:
         files = texts.find_files([stand_in], suffixes)
         if len(files) > 1:
-            raise UserError(f"{name} is one file, and {stand_in} holds {len(files)}: name one of them with --from")
+            raise UserError(f"{name} is one file, but {stand_in} holds {len(files)}: name one of them with --from")
         file, digest, about = files[0], load(files[0])[1], {"paths": [str(stand_in)]}
     identity = {"sha256": digest}
     return Source(name, corpus, about | identity, identity, 0, read)
@@ -173,9 +173,7 @@ def _hub(name: str, corpus: Corpus, field: str) -> Source:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(
-            f"{name} is streamed by the package datasets: pip install 'gpt2fast[datasets]'. Or {by_hand}"
-        ) from None
+        raise UserError(f"{name} needs the package datasets: pip install 'gpt2fast[datasets]', or {by_hand}") from None
 
     def read(_folder: Path, start: int, state: dict | None) -> Reading:
         with _hub_errors(repository, by_hand):
@@ -190,13 +188,13 @@ def _hub(name: str, corpus: Corpus, field: str) -> Source:
                 text = texts.check_text(row.get(field), f"{repository}, row {number}", field)
                 yield Piece(text, True, corpus.val_every > 0 and number % corpus.val_every == 0)
 
-    identity = {"hub": corpus.hub, "datasets": version("datasets")}  # whose state may look different in another
+    identity = {"hub": corpus.hub, "datasets": version("datasets")}  # the form of its state depends on the version
     return Source(name, corpus, {"hub": corpus.hub}, identity, 0, read)
 
 
 @contextlib.contextmanager
 def _hub_errors(repository: str, by_hand: str) -> Iterator[None]:
-    """Whatever the packages below `datasets` raise becomes one RunError."""
+    """Turn whatever `datasets` and the packages below it raise into one RunError."""
     try:
         yield
     except UserError:
@@ -210,7 +208,7 @@ def _hub_errors(repository: str, by_hand: str) -> Iterator[None]:
 
 
 def compare_counts(manifest: dict) -> dict[str, tuple[int, int]]:
-    """What is known of the corpus that was prepared whole: name -> (found, known)."""
+    """Return name -> (found, known) for the counts that are known of a corpus that was prepared completely."""
     corpus = CORPORA.get(manifest["source"]["name"])
     if corpus is None or manifest["source"].get("sha256") != corpus.sha256:
         return {}

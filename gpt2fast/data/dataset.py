@@ -1,6 +1,6 @@
-"""What a run reads: the shards of a folder by split, or the standard library; their fingerprint and token frequencies.
+"""The data of a run: a folder's shards or the standard library, by split; their fingerprint and token frequencies.
 
-A folder's shards are split by name: `train` or `val` is part of it.
+The name of a shard says to which split it belongs: it contains `train` or `val`.
 """
 
 import hashlib
@@ -16,12 +16,15 @@ from gpt2fast.errors import UserError
 
 SUFFIXES = (".bin", ".npy")
 ENTROPY_TOKENS = 2**26
-PART = 2**24  # tokens that are counted at once
+PART = 2**24  # tokens counted at a time
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Memory-mapped uint16 arrays, one a shard. `fingerprint` tells two datasets apart, when a run is resumed."""
+    """The splits as (n,) uint16 arrays, one per shard, memory-mapped if they are files.
+
+    `fingerprint` tells two datasets apart when a run is resumed.
+    """
 
     name: str
     train: Sequence[np.ndarray]
@@ -30,7 +33,7 @@ class Dataset:
 
 
 def open_data(name: str, vocab_size: int, tokenizer_file: Path | None = None) -> Dataset:
-    """The folder of shards called `name`, or "stdlib". UserError on anything that is not sound."""
+    """Open the folder of shards called `name`, or "stdlib". UserError if it is missing, damaged or incomplete."""
     if name == stdlib.NAME:
         train, val = stdlib.encode_splits(tokenizer_file)
         return Dataset(name, [train], [val], fingerprint({"train": train, "val": val}))
@@ -38,7 +41,7 @@ def open_data(name: str, vocab_size: int, tokenizer_file: Path | None = None) ->
 
 
 def open_folder(folder: Path, vocab_size: int) -> Dataset:
-    """Open every shard of a folder and check it. UserError on anything that is not sound."""
+    """Open and check every shard of a folder. UserError if it is missing, damaged or incomplete."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(
@@ -54,7 +57,7 @@ def open_folder(folder: Path, vocab_size: int) -> Dataset:
     if strays := set(paths) - set(train) - set(val):
         raise UserError(f"{min(strays)} belongs to no split: its name must contain train or val")
     if not train:
-        raise UserError(f"{folder} holds no training shard: one *train*.bin or *train*.npy at least is needed")
+        raise UserError(f"{folder} holds no training shard: put a *train*.bin or *train*.npy there, or name another")
     shards = {path: open_shard(path, vocab_size) for path in paths}
     return Dataset(
         name=str(folder),
@@ -65,7 +68,7 @@ def open_folder(folder: Path, vocab_size: int) -> Dataset:
 
 
 def fingerprint(shards: dict[str, np.ndarray]) -> str:
-    """16 hex digits of a sha256 over names, lengths and the first and last 2^20 tokens of every shard."""
+    """Return 16 hex digits of a sha256 of names, lengths and the first and last 2^20 tokens of every shard."""
     digest = hashlib.sha256()
     for name, tokens in sorted(shards.items()):
         digest.update(f"{name}:{len(tokens)}:".encode())
@@ -75,13 +78,13 @@ def fingerprint(shards: dict[str, np.ndarray]) -> str:
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """-sum p ln p, in nats, of token counts: the loss of a model that knows how frequent tokens are, and no more."""
+    """Return -sum p ln p in nats for token counts: the loss of a model that knows only how frequent each token is."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def count_tokens(shards: Sequence[np.ndarray], vocab_size: int, limit: int = ENTROPY_TOKENS) -> np.ndarray:
-    """How often each token occurs, (vocab_size,) int64, in the first `limit` tokens."""
+    """Count each token in the first `limit` tokens of all shards: (vocab_size,) int64."""
     counts = np.zeros(vocab_size, np.int64)
     for tokens in shards:
         part = tokens[:limit]
@@ -91,6 +94,6 @@ def count_tokens(shards: Sequence[np.ndarray], vocab_size: int, limit: int = ENT
 
 
 def count_all(shards: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """How often each token occurs, (vocab_size,) int64. In parts, since counting makes int64 of them."""
+    """Count each token in all shards: (vocab_size,) int64. In parts, since np.bincount converts its input to int64."""
     parts = [tokens[i : i + PART] for tokens in shards for i in range(0, len(tokens), PART)]
     return count_tokens(parts, vocab_size, sum(map(len, parts)))

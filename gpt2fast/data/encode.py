@@ -1,7 +1,7 @@
-"""Pieces of text -> tokens, at the speed of tiktoken on all cores.
+"""Encode pieces of text with tiktoken on all cores.
 
-tiktoken lets go of Python's lock, so threads are enough. A thread takes a batch of pieces and gives arrays: tiktoken's
-own encode_ordinary_batch gives lists of Python's integers, which are made under that lock, one after the other.
+tiktoken releases Python's lock, so threads are enough. Each thread encodes a batch of pieces into NumPy arrays:
+tiktoken's own encode_ordinary_batch returns lists of Python integers, which are built one at a time under that lock.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ from gpt2fast.data.texts import Piece
 from gpt2fast.data.tokenizer import EOT
 
 BATCH_CHARACTERS = 2**17
-AHEAD = 256  # batches that are read before the first is needed: threads have work while a shard is written
+AHEAD = 256  # batches read in advance, so that threads have work while a shard is written
 
 
 def encode_batches(
@@ -25,23 +25,23 @@ def encode_batches(
     separated: bool,
     threads: int,
 ) -> Generator[tuple[list[Piece], list[np.ndarray], dict | None]]:
-    """Pieces in batches, in order; their tokens; and what `state` gave when the last of them had been read."""
+    """Yield batches in order: the pieces, the tokens of each, and what `state()` returned after the last was read."""
     pool = ThreadPoolExecutor(threads)
     waiting: deque[tuple[list[Piece], Future, dict | None]] = deque()
     try:
-        for batch, behind in _batches(pieces, state):
-            waiting.append((batch, pool.submit(encode_pieces, encoding, batch, separated), behind))
+        for batch, after in _batches(pieces, state):
+            waiting.append((batch, pool.submit(encode_pieces, encoding, batch, separated), after))
             while len(waiting) > AHEAD or (waiting and waiting[0][1].done()):
-                batch, future, behind = waiting.popleft()
-                yield batch, future.result(), behind
-        for batch, future, behind in waiting:
-            yield batch, future.result(), behind
+                batch, future, after = waiting.popleft()
+                yield batch, future.result(), after
+        for batch, future, after in waiting:
+            yield batch, future.result(), after
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _batches(pieces: Iterator[Piece], state: Callable[[], dict | None]) -> Iterator[tuple[list[Piece], dict | None]]:
-    """Pieces to tokenise at a time, and the source's state behind them."""
+    """Yield the pieces to tokenise together, and the source's state after the last of them."""
     batch, characters = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -54,12 +54,12 @@ def _batches(pieces: Iterator[Piece], state: Callable[[], dict | None]) -> Itera
 
 
 def encode_pieces(encoding: tiktoken.Encoding, pieces: Sequence[Piece], separated: bool) -> list[np.ndarray]:
-    """Tokens of each piece, uint16: those of encode_ordinary, behind <|endoftext|> where a document begins."""
+    """Return the tokens of each piece, (n,) uint16: encode_ordinary's, after <|endoftext|> where a document begins."""
     arrays = []
     for piece in pieces:
         try:
             tokens = encoding.encode_to_numpy(piece.text, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON may contain
             tokens = np.array(encoding.encode_ordinary(piece.text))
         if separated and piece.first:
             tokens = np.concatenate([[EOT], tokens])

@@ -1,4 +1,4 @@
-"""Batches cut from token shards.
+"""Cut batches from token shards.
 
 Batch number i is a pure function of (shards, B, T, shuffle, seed, i), so the position of a run is one integer and
 resuming needs no other state.
@@ -19,11 +19,13 @@ from gpt2fast.errors import UserError
 
 @dataclass(frozen=True)
 class Loader:
-    """Batches x, y of (B, T) from B*T + 1 tokens: y is the token to the right of x.
+    """Batches x, y of (B, T) int64 tokens, where y is the token after x.
 
-    Every shard is cut into windows of T + 1 tokens that overlap by one; what is left at a shard's end is not used.
-    Sequential (`shuffle=False`): windows in order, so a batch is one run of B*T + 1 tokens wherever a shard holds it.
-    Shuffled: each epoch in a permutation drawn from (seed, epoch).
+    Every shard is cut into windows of T + 1 tokens that overlap by one; the rest at a shard's end is not used.
+    Sequential (`shuffle=False`): the windows in order, so a batch within a shard is B*T + 1 consecutive tokens.
+    Shuffled: in each epoch a permutation drawn from (seed, epoch).
+
+    UserError if the windows of all shards do not fill one batch.
     """
 
     shards: Sequence[np.ndarray]
@@ -39,12 +41,12 @@ class Loader:
             n = max((len(tokens) for tokens in self.shards), default=0)
             raise UserError(
                 f"a batch needs B*T+1 = {self.B * self.T + 1} tokens (B={self.B}, T={self.T}), and the longest shard "
-                f"holds {n}: lower --batch-size or --seq-len, or give more text"
+                f"holds {n}: lower --batch-size or --seq-len, or prepare more text"
             )
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """Windows up to the end of each shard."""
+        """The number of windows up to the end of each shard."""
         return np.cumsum([max(0, len(tokens) - 1) // self.T for tokens in self.shards], dtype=np.int64)
 
     @cached_property
@@ -52,7 +54,10 @@ class Loader:
         return int(self._ends[-1]) // self.B if len(self._ends) else 0
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
-        """Batch number i, counted through all epochs: x and y, (B, T) int64, on the CPU."""
+        """Return batch number i, counted over all epochs: x and y, (B, T) int64, on the CPU.
+
+        UserError if a token is outside the vocabulary, RunError if a shard was truncated meanwhile.
+        """
         epoch, k = divmod(i, self.batches_per_epoch)
         windows = np.arange(k * self.B, (k + 1) * self.B)
         if self.shuffle:
@@ -69,15 +74,15 @@ class Loader:
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             self._orders.clear()
-            # RandomState, not Generator: NumPy promises that its streams never change between versions
+            # RandomState, not Generator: NumPy guarantees its streams across versions
             random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
             self._orders[epoch] = random.permutation(int(self._ends[-1]))
         return self._orders[epoch]
 
     def batches(self, start: int, device: torch.device, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each `every`-th batch from number `start` on, on `device`, made while the device works on the one before.
+        """Yield every `every`-th batch from number `start` on `device`; each is made while the one before is computed.
 
-        On CUDA they are pinned and copied asynchronously: the host never waits, and torch keeps a pinned block until
+        On CUDA a batch is pinned and copied asynchronously: the host never waits, and torch keeps a pinned block until
         its copy is done.
         """
         ahead = self._send(self.batch(start), device)

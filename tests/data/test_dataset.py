@@ -1,4 +1,4 @@
-"""What a run reads: folders by split, fingerprints, token frequencies."""
+"""Folders of shards by split, fingerprints, token frequencies."""
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ def write(path, format, tokens=TOKENS):
 
 
 def header(n):
-    """llm.c's: 256 int32 that begin with magic, version and number of tokens."""
+    """llm.c's header: 256 int32 that begin with magic, version and number of tokens."""
     return np.concatenate([[20240520, 1, n], np.zeros(253)]).astype(np.int32).tobytes()
 
 
 WRITERS = {
-    # who writes such a folder: its files, and how he writes an array of uint16
+    # project: the files of its folder, and how it writes an array of uint16
     "nanoGPT": (("train.bin", "val.bin"), lambda path, tokens: tokens.tofile(path)),
     "llm.c": (
         ("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin"),
@@ -46,7 +46,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_folders_that_others_wrote_read_back_identical(tmp_path, writer):
+def test_folders_of_other_projects_are_read_exactly(tmp_path, writer):
     names, save = WRITERS[writer]
     tokens = {name: np.roll(TOKENS, i)[: 900 + i] for i, name in enumerate(names)}
     for name in names:
@@ -77,7 +77,7 @@ def test_a_folder_without_clear_splits_is_refused(tmp_path, names, message):
         open_folder(tmp_path, V)
 
 
-def test_folders_that_are_none(tmp_path):
+def test_what_is_not_a_folder_of_shards_is_refused(tmp_path):
     write(tmp_path / "train.bin", "llm.c")
     (tmp_path / "meta.pkl").write_bytes(b"")
     for path, message in (

@@ -1,4 +1,4 @@
-"""Text to tokens on several threads, in order."""
+"""Text is encoded on several threads, in order."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_arrays_hold_the_tokens_of_encode_ordinary():
     assert {array.dtype for array in arrays} == {np.dtype(np.uint16)}
 
 
-def test_batches_come_in_order_with_the_state_behind_them(monkeypatch):
+def test_batches_come_in_order_with_the_state_after_them(monkeypatch):
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 40)
     monkeypatch.setattr(encode, "AHEAD", 3)
     texts = ["long " * (50 - i % 7 * 8) for i in range(60)]  # later batches are done before earlier ones

@@ -13,12 +13,12 @@ TOKENS = np.random.default_rng(0).integers(0, V, 1000).astype(np.uint16)
 
 
 def header(n):
-    """llm.c's: 256 int32 that begin with magic, version and number of tokens."""
+    """llm.c's header: 256 int32 that begin with magic, version and number of tokens."""
     return np.concatenate([[20240520, 1, n], np.zeros(253)]).astype(np.int32).tobytes()
 
 
 def notes_batches(tokens, B, T, n):
-    """The loader of the notes: B*T+1 tokens from a position that moves on by B*T and returns to 0 at the end."""
+    """Yield the batches of the notes' loader: B*T+1 tokens from a position that advances by B*T and wraps to 0."""
     position = 0
     for _ in range(n):
         chunk = torch.from_numpy(tokens[position : position + B * T + 1].astype(np.int64))

@@ -1,4 +1,4 @@
-"""Shards in three formats, and batches that are a pure function of their number."""
+"""Shards in three formats; damaged ones are refused."""
 
 import numpy as np
 import pytest
@@ -32,17 +32,17 @@ def test_reads_every_format_memory_mapped(tmp_path, format):
     assert np.array_equal(shard, TOKENS)
 
 
-def test_a_shard_of_ours_is_one_of_llmc(tmp_path):
+def test_our_shards_are_in_llmcs_format(tmp_path):
     assert write(tmp_path / "train.bin", "llm.c").read_bytes() == header(1000) + TOKENS.tobytes()
 
 
 def header(n):
-    """llm.c's: 256 int32 that begin with magic, version and number of tokens."""
+    """llm.c's header: 256 int32 that begin with magic, version and number of tokens."""
     return np.concatenate([[20240520, 1, n], np.zeros(253)]).astype(np.int32).tobytes()
 
 
 def corrupt(kind, path):
-    """Damage a shard in one way; what the message must say."""
+    """Damage a shard in one way. Return what the message must say."""
     raw = write(path, "llm.c").read_bytes()
     header = np.frombuffer(raw[:1024], "<i4").copy()
     if kind == "truncated":
@@ -116,7 +116,7 @@ def test_unreadable_file_is_refused(tmp_path):
     suffix=st.sampled_from([".bin", ".npy"]),
     genuine=st.sampled_from(["", "llm.c", "npy"]),
 )
-def test_no_file_makes_it_crash(tmp_path_factory, content, suffix, genuine):
+def test_no_file_makes_the_reader_crash(tmp_path_factory, content, suffix, genuine):
     heads = {"": b"", "llm.c": np.array([20240520, 1], "<i4").tobytes(), "npy": b"\x93NUMPY\x01\x00"}
     path = tmp_path_factory.mktemp("fuzz") / f"train{suffix}"
     path.write_bytes(heads[genuine] + content)

@@ -1,4 +1,4 @@
-"""The embedded corpus: the same tokens every time, tabs for indentation, <|endoftext|> between documents."""
+"""The default corpus: the same tokens every time, tabs for indentation, <|endoftext|> before each document."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_same_tokens_every_time(splits):
     assert all(np.array_equal(a, b) for a, b in zip(splits, stdlib.encode_splits()))
 
 
-def test_knowing_token_frequencies_is_worth_much(splits):
+def test_unigram_entropy_is_far_below_that_of_uniform_tokens(splits):
     entropy = dataset.unigram_entropy(dataset.count_tokens([splits[0]], 50257))
     assert 5 < entropy < 8 < np.log(50257)
 

