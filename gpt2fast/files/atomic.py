@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, even if the power goes."""
+"""Write files and folders that are complete or absent, even after a power cut."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from gpt2fast.errors import UserError
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """An OSError from within names `path`: a write or an fsync that fails knows only a descriptor."""
+    """Give `path` to an OSError from within: a failed write or fsync knows only a file descriptor."""
     try:
         yield
     except OSError as error:
@@ -20,7 +20,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace `path` by a file with this content: temporary name, synced, renamed."""
+    """Replace `path` by a file with this content: write under a temporary name, sync, rename. OSError names `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     with named(path):
         try:
@@ -36,16 +36,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def check_new(path: Path) -> None:
-    """UserError if `path` is there already or cannot be made: better before an hour of work than after it."""
+    """Raise UserError if `path` exists or cannot be made: better before an hour of work than after it."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} already exists: choose another with --out")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}, since {folder} is not a folder to write to: choose another with --out")
+        raise UserError(f"cannot write {path}, since {folder} is not a writable folder: choose another with --out")
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a finished folder to its final name, after everything in it has reached the disk."""
+    """Rename a finished folder to its final name after everything in it has reached the disk."""
     for path in temporary.iterdir():
         sync(path)
     sync(temporary)
@@ -54,7 +54,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Take the name away first: killed half-way, this leaves rubbish, never a folder that looks whole."""
+    """Delete a folder. It is renamed first, so a kill midway never leaves a folder that looks complete."""
     rubbish = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(rubbish, ignore_errors=True)
     os.rename(folder, rubbish)
@@ -62,7 +62,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder. Windows cannot open folders: it orders renames by itself."""
+    """fsync a file or a folder. Windows cannot open folders; it orders renames by itself."""
     if os.name == "nt" and path.is_dir():
         return
     with named(path):

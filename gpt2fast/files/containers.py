@@ -1,5 +1,6 @@
-"""The containers of named tensors, safetensors, torch's pickles and NumPy's archives: opened so that nothing in them
-can run, and that no header makes them larger than the file that it stands in.
+"""Read safetensors, torch's pickles and NumPy's archives from untrusted sources.
+
+Nothing in a file is executed, and no header can make the tensors much larger than the file.
 """
 
 import contextlib
@@ -23,15 +24,15 @@ from torch import Tensor
 from gpt2fast.errors import UserError
 from gpt2fast.files.checked import open_file
 
-# What a state_dict is made of. torch.load allows more, bytearray(10**12) for one.
+# What a state_dict consists of. torch.load with weights_only allows more, for example bytearray(10**12).
 NAMES = {"collections OrderedDict", "torch Size", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
-LARGEST_PICKLE = 2**22  # bytes without the numbers: what a million opcodes leave in memory is 50 times as large
-UNPACKED = 8  # times its size: so much may an .npz hold; fp32 that was bf16 is halved by zlib
-SLACK = 2**20
+LARGEST_PICKLE = 2**22  # bytes without the numbers; a million opcodes may take 50 times as much memory
+UNPACKED = 8  # an .npz may unpack to this many times its size; zlib halves fp32 numbers that were bf16
+SLACK = 2**20  # bytes that a small file may exceed these limits by
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Memory-mapped. UserError if the file is not whole."""
+    """Read a safetensors file: name -> tensor, memory-mapped. UserError if it is truncated or damaged."""
     try:
         open_file(path).close()
         return load_file(path)
@@ -42,7 +43,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict:
     """Read the dictionary that torch.save wrote to `path`, its tensors memory-mapped.
 
-    UserError if it contains code, which never runs, if it is not sound, or if it is in torch's format before 1.6.
+    UserError if it contains code, which never runs, if it is damaged, or if it has torch's format before 1.6.
     """
     try:
         with open_file(path) as file:
@@ -62,7 +63,7 @@ def read_pickle(path: Path) -> dict:
             f"{path} is truncated or damaged ({type(error).__name__}: {error}): copy or download it again"
         ) from None
     if not isinstance(stored, Mapping):
-        raise UserError(f"{path} holds a {type(stored).__name__}: a state_dict is needed")
+        raise UserError(f"{path} holds a {type(stored).__name__}: save a state_dict")
     return dict(stored)
 
 
@@ -70,7 +71,7 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names) or any(info.compress_type for info in archive.infolist()):
-            raise ValueError("a member that stands there twice or is compressed: torch.save writes none")
+            raise ValueError("a member is there twice or compressed, which torch.save never writes")
         for name in names:
             if name.endswith("/data.pkl"):
                 with archive.open(name) as member:
@@ -98,34 +99,36 @@ _DTYPES = {"float16", "bfloat16", "float32", "float64", "int64", "int32", "uint8
 
 
 def check_tensors(values: Mapping, path: Path) -> None:
-    """UserError unless this is {name: tensor}, dense, and of no more numbers than the file can hold: a stride of 0, or
-    a storage that all share, makes many of few."""
+    """Raise UserError unless `values` is {name: dense CPU tensor} of no more bytes than the file can hold.
+
+    A stride of 0, or one storage that many tensors share, makes large tensors from a small file.
+    """
     if not isinstance(values, Mapping):
-        raise UserError(f"{path} holds a {type(values).__name__} where a state_dict is needed")
+        raise UserError(f"{path} holds a {type(values).__name__} in place of a state_dict: save model.state_dict()")
     for name, value in values.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise UserError(
-                f"{path}: {name!r} is a {type(value).__name__}, no tensor: torch.save model.state_dict() alone"
+                f"{path}: {name!r} is a {type(value).__name__}, not a tensor: save model.state_dict() alone"
             )
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise UserError(f"{path}: {name!r} is sparse, quantized or on another device: save a plain tensor")
     total, size = sum(value.nbytes for value in values.values()), path.stat().st_size
     if total > 2 * size + SLACK:  # the tied head may count twice
-        raise UserError(f"{path} has {size:,} bytes, and its tensors {total:,}: save each by itself, as a clone")
+        raise UserError(f"{path} has {size:,} bytes, but its tensors {total:,}: save a clone of each")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an archive. ValueError, BadZipFile, zlib.error, EOFError or OSError if it is not sound."""
+    """Read a NumPy archive: name -> array. One of NPZ_ERRORS if it is damaged or unpacks to much more than its size."""
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         members, size = archive.infolist(), path.stat().st_size
         total = sum(info.file_size for info in members)
         if total > UNPACKED * size + SLACK:
-            raise ValueError(f"{size:,} bytes that unpack to {total:,}: such weights are none")
+            raise ValueError(f"{size:,} bytes unpack to {total:,}, more than {UNPACKED} times as many")
         return {info.filename.removesuffix(".npy"): _array(archive, info) for info in members}
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """As NumPy would read it; but that makes the array that a header promises before it looks what there is."""
+    """Read one member as NumPy does, but check it first: NumPy allocates what the header says before it reads."""
     with archive.open(info) as file:
         check_npy(file, info.file_size)
     with archive.open(info) as file:
@@ -133,20 +136,20 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def check_npy(file: IO[bytes], size: int) -> None:
-    """ValueError unless the header of an .npy file promises what `size` bytes, header included, can hold."""
+    """Raise ValueError unless the array that an .npy header describes fits into `size` bytes, header included."""
     version = npy.read_magic(file)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
-        raise ValueError(f"version {version} of NumPy's format")
+        raise ValueError(f"unknown version {version} of NumPy's format")
     found = None
     with contextlib.suppress(tokenize.TokenError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
-        found = read(file)  # by ast.literal_eval, to whose parser deep nesting is a lack of memory
+        found = read(file)  # by ast.literal_eval, whose parser raises MemoryError on deep nesting
     if found is None:
-        raise ValueError("its header is none")
+        raise ValueError("unreadable header")
     shape, _, dtype = found
     if dtype.hasobject or min(shape, default=0) < 0 or prod(shape) * dtype.itemsize + file.tell() > size:
-        raise ValueError(f"{dtype} of shape {shape} in {size:,} bytes")
+        raise ValueError(f"{dtype} of shape {shape} does not fit into {size:,} bytes")
 
 
-# zipfile raises RuntimeErrors too: of a password, of a compression that it does not know
+# zipfile raises RuntimeError too: for a password, or an unknown compression
 NPZ_ERRORS = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)

@@ -1,4 +1,4 @@
-"""One file from the web, whole and genuine, or not there at all."""
+"""Download one file: complete, with the expected checksum, or not at all."""
 
 import hashlib
 import os
@@ -12,14 +12,14 @@ from tqdm import tqdm
 from gpt2fast.errors import RunError
 
 TIMEOUT = 30  # seconds without a byte
-LARGEST = 2**28  # bytes: what is fetched here has a few million
+LARGEST = 2**28  # bytes; the files fetched here have a few million
 CHUNK = 2**16
 
 
 def download(url: str, path: Path, sha256: str, by_hand: str) -> None:
-    """Fetch `url` into `path`. OSError if it cannot be written.
+    """Download `url` to `path`. OSError if `path` cannot be written.
 
-    RunError, ending in `by_hand` (what to do instead), if not all of it comes or its sha256 is another.
+    RunError, which ends with `by_hand` (what to do instead), if the download fails or has another sha256.
     """
     temporary, digest = path.with_name(f".{path.name}.tmp"), hashlib.sha256()
     try:
@@ -28,7 +28,7 @@ def download(url: str, path: Path, sha256: str, by_hand: str) -> None:
                 file.write(chunk)
                 digest.update(chunk)
         if digest.hexdigest() != sha256:
-            raise RunError(f"{url} is not the file it was: its sha256 is {digest.hexdigest()}, not {sha256}. {by_hand}")
+            raise RunError(f"{url} is not the expected file: sha256 {digest.hexdigest()}, not {sha256}. {by_hand}")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,10 +45,10 @@ def _chunks(url: str, by_hand: str) -> Iterator[bytes]:
                     yield chunk
                     got += len(chunk)
                     if got > LARGEST:
-                        raise HTTPException(f"more than {LARGEST:,} bytes came")
+                        raise HTTPException(f"more than {LARGEST:,} bytes")
                     bar.update(len(chunk))
-        if got < size:  # read() returns what there is when the other side hangs up
-            raise HTTPException(f"{got:,} of {size:,} bytes came")
+        if got < size:  # read() returns what it has when the server closes the connection
+            raise HTTPException(f"{got:,} of {size:,} bytes received")
     except (OSError, HTTPException) as error:  # HTTPError, URLError and TimeoutError are OSErrors
         reason = getattr(error, "reason", None) or error
         raise RunError(f"{url} could not be downloaded ({reason}). {by_hand}") from None

@@ -1,4 +1,4 @@
-"""One process at a time in a folder. The system frees the lock, also after kill -9."""
+"""Let one process at a time work in a folder. The system frees the lock, also after kill -9."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from gpt2fast.errors import UserError
 
 @contextlib.contextmanager
 def locked(folder: Path, otherwise: str = "choose another folder with --out") -> Iterator[None]:
-    """Make the folder and hold the lock in it.
+    """Make the folder if need be, and hold the lock in it.
 
-    UserError if another process holds it, with the remedy `otherwise`, or if nothing can be written there.
+    UserError if another process holds it, with the remedy `otherwise`, or if the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

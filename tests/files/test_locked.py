@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""One process at a time works in a folder."""
 
 import pytest
 from filelock import FileLock
@@ -8,7 +8,7 @@ from gpt2fast.train import train
 from tests.tools import tiny
 
 
-def test_two_runs_in_one_directory(folder):
+def test_a_second_run_in_a_folder_is_refused(folder):
     c = tiny.config(folder)
     c.folder.mkdir(parents=True)
     with FileLock(c.folder / "lock"), pytest.raises(UserError, match="in use by another process"):
