@@ -1,1 +1,1 @@
-"""Tensors on disk, our own and other projects', and the model made of them."""
+"""Read and write tensors on disk, ours and other projects', and build models from them."""

@@ -1,13 +1,13 @@
-"""Checkpoints: a folder of safetensors and JSON that is there whole or not at all. No pickle.
+"""Save and load checkpoints: folders of safetensors and JSON, complete or absent. No pickle.
 
     checkpoints/step_00000340/
         model.safetensors        weights under OpenAI's names, the vocabulary 50257 wide
         optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, step.<name>
         state.json               step, position of the loader, every random generator, loss scale, config, ops
-        manifest.json            size and sha256 of the others
+        manifest.json            size and sha256 of the other files
 
-Written under a temporary name in the same folder, synced, renamed. safetensors, like torch.load, loads a flipped bit
-without a word: hence the checksums.
+A checkpoint is written under a temporary name in the same folder, synced and renamed. safetensors, like torch.load,
+does not notice a flipped bit: hence the checksums.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from gpt2fast.model import GPT
 
 _NAME = re.compile(r"step_(\d{8,})")
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-_STATE = {  # None: --resume and sample say what they miss
+_STATE = {  # None passes: --resume and sample say themselves what is missing
     "step": int, "position": int, "seconds": float, "scaler": dict, "data_fingerprint": str, "config": dict,
     "rng": dict, "ops": dict,
 }  # fmt: skip
@@ -40,7 +40,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every whole checkpoint in `folder`, oldest first."""
+    """Return (step, path) of every complete checkpoint in `folder`, oldest first."""
     found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -48,10 +48,10 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def save(
     folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict, keep: int, world: World = ALONE
 ) -> Path:
-    """Write checkpoint `step` below `folder`, then delete all but the newest `keep`. `state` must be plain JSON.
+    """Save checkpoint `step` in `folder`, delete all but the newest `keep`, and return its path.
 
-    Every rank calls it, rank 0 writes, the same files for any number of them. RunError if it cannot be written; what
-    was there before is then untouched. Already there: nothing to do.
+    `state` is plain JSON. Every rank calls this and rank 0 writes; the files do not depend on the number of ranks. A
+    checkpoint that exists is left as it is. RunError if it cannot be written; earlier checkpoints are untouched then.
     """
     final = folder / f"step_{step:08d}"
     moments = _moments(model, unwrapped(optimizer))
@@ -84,7 +84,7 @@ def _write(final: Path, model: GPT, moments: dict[str, Tensor], state: dict) -> 
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError | SafetensorError):
-            raise  # no memory, Ctrl-C: nothing half-written stays for them either
+            raise  # out of memory, Ctrl-C: they leave nothing half-written either
         kept = list_checkpoints(folder)
         raise RunError(
             f"checkpoint {final} could not be saved ({error}): free some space, then continue with --resume "
@@ -93,7 +93,7 @@ def _write(final: Path, model: GPT, moments: dict[str, Tensor], state: dict) -> 
 
 
 def read_state(path: Path) -> dict:
-    """Check every file against the manifest and return state.json. UserError if anything is damaged."""
+    """Check every file against the manifest and return state.json. UserError if a file is missing or damaged."""
     try:
         manifest = checked.read_json(path / "manifest.json")
         damaged = [name for name in _FILES if _sha256(path / name) != manifest[name]["sha256"]]
@@ -105,29 +105,34 @@ def read_state(path: Path) -> dict:
         what = f"{', '.join(damaged)} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
-    raise UserError(f"checkpoint {path} is damaged ({what}): delete that folder to go on from the one before it")
+    raise UserError(f"checkpoint {path} is damaged ({what}): delete that folder to resume from the one before it")
 
 
 def load_weights(path: Path, model: GPT) -> None:
-    """Put the checkpoint's weights into `model`; UserError naming the tensors that do not fit."""
+    """Load a checkpoint's weights into `model`. UserError, which names the tensors, if they do not fit."""
     _load(model, _read(path / "model.safetensors"), path)
 
 
 def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Weights, moments and random generators, exactly as they were saved; `state` is what `read_state` gave."""
+    """Load weights, moments and random generators exactly as they were saved; `state` is from `read_state`.
+
+    UserError if they do not fit the model and the optimizer.
+    """
     load_weights(path, model)
     moments = _read(path / "optimizer.safetensors")
     needed = {f"{moment}.{name}" for name in _names_in_order(model, optimizer) for moment in _MOMENTS}
     if moments and set(moments) != needed:
         raise UserError(
-            f"checkpoint {path} has another optimizer's state: it lacks or adds {min(needed ^ set(moments))}"
+            f"checkpoint {path} has another optimizer's state (it lacks or adds {min(needed ^ set(moments))}): "
+            "name the one that it was saved with"
         )
-    optimizer = unwrapped(optimizer)  # of ZeRO-1: each rank takes its share
+    optimizer = unwrapped(optimizer)  # ZeRO-1: each rank loads its share
     names = _names_in_order(model, optimizer)
     full = optimizer.state_dict()
     for name, shape in _moment_shapes(model, names).items() if moments else ():
         if moments[name].shape != shape:
-            raise UserError(f"checkpoint {path} does not fit the model: {name} is {tuple(moments[name].shape)}")
+            found = tuple(moments[name].shape)
+            raise UserError(f"checkpoint {path} does not fit the model: {name} is {found}, not {tuple(shape)}")
     if moments:  # a checkpoint of step 0 has none
         rows = model.config.padded_vocab_size
         full["state"] = {
@@ -139,7 +144,7 @@ def load_training(path: Path, model: GPT, optimizer: torch.optim.Optimizer, stat
         _set_rng_state(state["rng"])
     except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
         reason = f"random generators, {type(error).__name__}: {error}"
-        raise UserError(f"checkpoint {path} is damaged ({reason}): delete it to go on from the one before") from None
+        raise UserError(f"checkpoint {path} is damaged ({reason}): delete it to resume from the one before") from None
 
 
 def _load(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
@@ -154,11 +159,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return containers.read_safetensors(path)
     except UserError:
-        raise UserError(f"{path} is damaged: delete that checkpoint to go on from the one before it") from None
+        raise UserError(f"{path} is damaged: delete that checkpoint to resume from the one before it") from None
 
 
 def _moment_shapes(model: GPT, names: list[str]) -> dict[str, torch.Size]:
-    """As they are stored: without the vocabulary's padding; a step is one number."""
+    """Return the shapes as stored: without the vocabulary's padding; a step is one number."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     shapes["wte.weight"] = torch.Size((model.config.vocab_size, model.config.n_embd))
     steps = {f"step.{name}": torch.Size(()) for name in names}
@@ -166,7 +171,7 @@ def _moment_shapes(model: GPT, names: list[str]) -> dict[str, torch.Size]:
 
 
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter name, without the vocabulary's padding, where they are zero for ever."""
+    """Return the optimizer's tensors by parameter name, without the vocabulary's padding, where they stay zero."""
     state = optimizer.state_dict()["state"]
     tensors = {}
     for i, name in enumerate(_names_in_order(model, optimizer)):
@@ -177,7 +182,7 @@ def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _names_in_order(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Parameter names in the order in which the optimizer numbers its parameters."""
+    """Return the parameter names in the order in which the optimizer numbers its parameters."""
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -195,14 +200,17 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rng_state() -> dict:
-    """Training itself draws only from generators that are functions of (seed, step); a fork's dropout may not."""
+    """Return every random generator's state as JSON.
+
+    Training itself draws only from generators that are functions of (seed, step); dropout in a fork might not.
+    """
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # a dictionary only if asked for
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # a tuple, unless legacy=False
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _to_hex(torch.get_rng_state()),
-        "cuda": [_to_hex(torch.cuda.get_rng_state())] if torch.cuda.is_available() else [],  # of this process's GPU
+        "cuda": [_to_hex(torch.cuda.get_rng_state())] if torch.cuda.is_available() else [],  # this process's GPU
         "mps": _to_hex(torch.mps.get_rng_state()) if torch.backends.mps.is_available() else None,
     }
 

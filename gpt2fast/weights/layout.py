@@ -1,13 +1,13 @@
-"""Names and shapes of GPT-2's tensors, as `GPT.state_dict()` has them, without building a model."""
+"""The names and shapes of the tensors in `GPT.state_dict()`, without building a model."""
 
 from gpt2fast.model import SIZES, VOCAB_SIZE, GPTConfig
 
-PADDED_VOCAB_SIZE = 50304  # nanoGPT and build-nanogpt pad to 64: the last 47 rows are no tokens
+PADDED_VOCAB_SIZE = 50304  # nanoGPT and build-nanogpt round up to a multiple of 64: the last 47 rows are not tokens
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in OpenAI's code and in transformers'
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, in the order of the model; the vocabulary is not padded."""
+    """Return name -> shape in the model's order; the vocabulary is not padded."""
     C = config.n_embd
     return {
         "wte.weight": (config.vocab_size, C),
@@ -19,7 +19,7 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_shapes(C: int) -> dict[str, tuple[int, ...]]:
-    """Name within a block -> shape, at width C; a weight is (out, in)."""
+    """Return name within a block -> shape at width C; weights are (out, in)."""
     return {
         "ln_1.weight": (C,),
         "ln_1.bias": (C,),
@@ -37,11 +37,11 @@ def block_shapes(C: int) -> dict[str, tuple[int, ...]]:
 
 
 def heads(n_layer: int, n_embd: int) -> int | None:
-    """Heads of the known size with these layers and this width; no tensor's shape tells them."""
+    """Return the heads of the known size with these layers and this width, else None; no tensor's shape tells them."""
     known = {(size.n_layer, size.n_embd): size.n_head for size in SIZES.values()}
     return known.get((n_layer, n_embd))
 
 
 def unpadded(vocab_size: int) -> int:
-    """Tokens among so many rows, where nothing but the rows is known."""
+    """Return the number of tokens, if only the number of rows of wte is known."""
     return VOCAB_SIZE if vocab_size == PADDED_VOCAB_SIZE else vocab_size

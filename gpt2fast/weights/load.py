@@ -1,4 +1,4 @@
-"""A model with weights, from wherever a person has them: what sample, evaluate, export and inspect begin with."""
+"""Load weights from a run or any other source, and build the model: for sample, evaluate, export and inspect."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,15 +18,15 @@ from gpt2fast.weights.foreign import Weights, assemble, read_foreign
 def load_model(
     source: str | Path, device: torch.device, backend: Backend = "auto", say: Callable[[str], None] = print
 ) -> GPT:
-    """The model of `source` (see `read_weights`) on `device`, with the ops of `choose_ops`."""
+    """Return the model of `source` (see `read_weights`) on `device`, with the ops of `choose_ops`."""
     weights = read_weights(source)
     return build_model(weights, choose_ops(weights, device, backend, say), device)
 
 
 def read_weights(source: str | Path) -> Weights:
-    """The weights of a run (its newest checkpoint), of one checkpoint, or of any other source `read_foreign` accepts.
+    """Read the weights of a run (its newest checkpoint), of one checkpoint, or of what else `read_foreign` accepts.
 
-    UserError if they are not sound: a checkpoint must match its checksums.
+    UserError if they are missing, damaged or not GPT-2's; a checkpoint must match its checksums.
     """
     path = _checkpoint(Path(source))
     if path is None:
@@ -36,13 +36,14 @@ def read_weights(source: str | Path) -> Weights:
         model = checked.fill(GPTConfig, state["config"]["model"])
         state["ops"] = _recorded_ops(path, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}/state.json describes no model ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}/state.json describes no model ({reason}): use another checkpoint") from None
     weights = assemble(model, containers.read_safetensors(path / "model.safetensors"), str(path))
     return replace(weights, state=state)
 
 
 def _checkpoint(path: Path) -> Path | None:
-    """The checkpoint that `path` means; None if it is not a run of ours. UserError if the run has none yet."""
+    """Return the checkpoint that `path` means; None if it is not one of our runs. UserError if the run has none yet."""
     folder = path.parent if path.name == "model.safetensors" else path
     if (folder / "manifest.json").is_file() and (folder / "model.safetensors").is_file():
         return folder
@@ -55,9 +56,9 @@ def _checkpoint(path: Path) -> Path | None:
 
 
 def _recorded_ops(path: Path, state: dict) -> OpsConfig:
-    """The implementations that the checkpoint was trained with.
+    """Return the implementations that the checkpoint was trained with.
 
-    A run that began before they were kept in state.json has them in its config.json; torch's where that is missing.
+    Older runs have them in config.json instead of state.json; without it, they are torch's.
     """
     if state.get("ops") is not None:
         return checked.fill(OpsConfig, state["ops"])
@@ -71,8 +72,10 @@ def _recorded_ops(path: Path, state: dict) -> OpsConfig:
 
 
 def choose_ops(weights: Weights, device: torch.device, backend: Backend, say: Callable[[str], None]) -> OpsConfig:
-    """The implementations of --backend. With auto those that the checkpoint was trained with; where one cannot run on
-    `device`, torch's, and `say` is told so. UserError if the named backend cannot take the model's sizes.
+    """Return the implementations for --backend: with auto, those that the checkpoint was trained with.
+
+    If one of these cannot run on `device`, torch's is used instead, and `say` gets a note. UserError if the named
+    backend cannot take the model's sizes.
     """
     if backend != "auto":
         chosen = OpsConfig().with_backend(backend)
@@ -87,9 +90,9 @@ def choose_ops(weights: Weights, device: torch.device, backend: Backend, say: Ca
 
 
 def build_model(weights: Weights, chosen: OpsConfig, device: torch.device) -> GPT:
-    """The model of `weights` on `device`."""
+    """Return the model of `weights` on `device` with the `chosen` ops."""
     built = ops.build(chosen, device.type)
-    with torch.device("meta"):  # draws no initial weights, and takes memory on the device only
+    with torch.device("meta"):  # draws no initial weights, and takes memory on `device` only
         model = GPT(weights.config, built)
     model.to_empty(device=device)
     model.load_state_dict(weights.tensors)

@@ -1,10 +1,12 @@
-"""nanoGPT's ckpt.pt, and any bare state_dict under its names.
+"""Read nanoGPT's ckpt.pt, and any bare state_dict with its names.
 
     {"model": state_dict, "model_args": {n_layer, n_head, n_embd, block_size, bias, vocab_size}, ...}
 
-A state_dict alone has no "model_args": the shapes tell the rest. nanoGPT trains with a vocabulary of 50304, which is
-50257 padded to 64. Rows from 50257 on are no tokens and are left out, so softmax loses 47 columns, whose probability
-training has made all but zero.
+A bare state_dict has no "model_args"; the shape is then inferred. nanoGPT trains with a vocabulary of 50304, which is
+50257 rounded up to a multiple of 64. Rows from 50257 on are not tokens and are left out: softmax loses 47 columns,
+whose probability training has made almost zero.
+
+Source: train.py and model.py of github.com/karpathy/nanoGPT.
 """
 
 from dataclasses import fields, replace
@@ -24,7 +26,7 @@ _EMBEDDINGS = ("wte.weight", "wpe.weight", "lm_head.weight")
 
 
 def read_ckpt(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
-    """The shape, where "model_args" tells it, and the tensors under the file's names."""
+    """Return the shape, if there are "model_args", and the tensors under the file's names. UserError if damaged."""
     stored = read_pickle(path)
     tensors = stored.get("model", stored)
     check_tensors(tensors, path)
@@ -36,7 +38,8 @@ def read_ckpt(path: Path) -> tuple[GPTConfig | None, dict[str, Tensor]]:
         config = checked.fill(GPTConfig, {field.name: args[field.name] for field in fields(GPTConfig)})
         config = replace(config, vocab_size=unpadded(config.vocab_size))
     except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{path}: model_args describe no GPT-2 ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: model_args describe no GPT-2 ({reason}): save it again") from None
     if args.get("bias") is False:  # a bias of zero is the same function
         weights = [name for name in tensors if name.endswith(".weight") and not name.endswith(_EMBEDDINGS)]
         tensors |= {f"{name.removesuffix('weight')}bias": torch.zeros(tensors[name].shape[:1]) for name in weights}

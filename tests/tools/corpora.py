@@ -1,4 +1,4 @@
-"""Made-up corpora, prepared; and their tokens as others would make them."""
+"""Made-up corpora: prepare them, and encode them as other projects do."""
 
 import json
 
@@ -11,7 +11,7 @@ DOCUMENTS = [f"Document {i} is about {i * 7919}." + " And on." * (i % 40) for i 
 
 
 def prepare_corpus(tmp_path, name, **options) -> tuple[dict, dict[str, list[int]]]:
-    """Prepare a corpus: the manifest, and the tokens of each shard by its file's name."""
+    """Prepare a corpus. Return the manifest, and file name -> tokens of each shard."""
     out = tmp_path / "out"
     manifest, _ = prepare.prepare(PrepareConfig(paths=(name,), out=out, **options))
     return manifest, {path.name: shards.open_shard(path, 50257).tolist() for path in sorted(out.glob("*.bin"))}
@@ -26,7 +26,7 @@ def encode_documents(documents) -> list[int]:
 
 
 def write_documents(folder):
-    """A folder of two files, which hold DOCUMENTS in the order of their names."""
+    """Write two files, which hold DOCUMENTS in the order of their names. Return the folder."""
     folder.mkdir()
     for name, part in (("000_00001", DOCUMENTS[3000:]), ("000_00000", DOCUMENTS[:3000])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))

@@ -1,6 +1,6 @@
-"""Damage to small sound files, drawn from a `random.Random`: bytes, JSON values, members of zip files.
+"""Damage small valid files at random: bytes, JSON values, members of zip files.
 
-What is drawn is meant to be nearly sound: random bytes are refused by the first check, and none behind it is tried.
+A damaged file should be nearly valid: random bytes are refused by the first check, which leaves the others untested.
 """
 
 import copy
@@ -35,18 +35,18 @@ WORDS = (
     b"PK\x03\x04",
     b"\r\n",
 )
-ODD = ("missing", "empty", "fifo", "folder", "/dev/zero", "/nowhere", "itself")  # what may stand in a file's place
+ODD = ("missing", "empty", "fifo", "folder", "/dev/zero", "/nowhere", "itself")  # what may replace a file
 Files = dict[str, bytes | str]  # name -> content, or one of ODD
-HEAD = 512  # bytes in which a header lies
+HEAD = 512  # bytes that contain the header
 
 
 def value(random: Random) -> object:
-    """Any JSON value, of which few fit any field."""
+    """Draw a JSON value; few fit any field."""
     return copy.deepcopy(random.choice(random.choice((INTS, FLOATS, TEXTS, OTHERS))))
 
 
 def in_json(random: Random, data: bytes) -> bytes:
-    """A value replaced, a name changed, a thing dropped or repeated, or the text itself damaged."""
+    """Replace a value, change a name, drop or repeat an item, or damage the text itself."""
     tree = json.loads(data)
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         holder, places = None, [(None, None)]
@@ -85,7 +85,7 @@ def _collect(tree: object, places: list) -> None:
 
 
 def in_bytes(random: Random, data: bytes) -> bytes:
-    """Bits flipped, integers overwritten, parts cut out, repeated or moved: mostly near the beginning or the end."""
+    """Flip bits, overwrite integers, cut, repeat or move parts: mostly near the beginning or the end."""
     data = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 3, 8))):
         n = len(data)
@@ -118,7 +118,7 @@ def in_bytes(random: Random, data: bytes) -> bytes:
 
 
 def in_digits(random: Random, data: bytes) -> bytes:
-    """One of the numbers that a text header writes in digits."""
+    """Replace one of the numbers that a text header writes in digits."""
     places = [i for i, byte in enumerate(data[: 4 * HEAD]) if 48 <= byte < 58]
     if not places:
         return in_bytes(random, data)
@@ -128,7 +128,7 @@ def in_digits(random: Random, data: bytes) -> bytes:
 
 
 def in_zip(random: Random, data: bytes, damage: Callable[[Random, bytes], bytes]) -> bytes:
-    """A member damaged, dropped, repeated, renamed or blown up; checksums and directory then fit again."""
+    """Damage, drop, repeat, rename or inflate a member; checksums and directory are then made to fit again."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     i = random.randrange(len(members))
@@ -149,7 +149,7 @@ def in_zip(random: Random, data: bytes, damage: Callable[[Random, bytes], bytes]
     with (
         zipfile.ZipFile(file, "w", kind) as new,
         warnings.catch_warnings(action="ignore"),
-    ):  # a name that is there twice
+    ):  # it warns of a name that is there twice
         for name, content in members:
             new.writestr(name, content, zipfile.ZIP_DEFLATED if len(content) > 2**20 else None)
     return file.getvalue()
@@ -157,19 +157,19 @@ def in_zip(random: Random, data: bytes, damage: Callable[[Random, bytes], bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """`make` gives sound files, `call` reads them from a folder, `mend` makes checksums fit what was damaged."""
+    """A reader to test: `make` returns valid files, `call` reads them from a folder, `mend` repairs checksums."""
 
     make: Callable[[], Files]
     call: Callable[[Path], object]
     mend: Callable[[Files], Files] = lambda files: files
-    writes: bool = False  # into the folder that it is given
+    writes: bool = False  # may write into its folder
 
     @functools.cached_property
     def sound(self) -> Files:
         return self.make()
 
     def case(self, random: Random) -> Files:
-        """Damaged files."""
+        """Draw damaged files."""
         files = dict(self.sound)
         for _ in range(random.choice((1, 1, 1, 2))):
             name = random.choice(sorted(files))
@@ -179,7 +179,7 @@ class Target:
 
 
 def in_file(random: Random, name: str, content: bytes) -> bytes:
-    """Damage as it fits what the file is."""
+    """Damage a file in a way that suits its format."""
     how = random.random()
     if name.endswith(".json"):
         return in_json(random, content)

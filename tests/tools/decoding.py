@@ -19,10 +19,10 @@ def make(config: GPTConfig = CONFIG, backend: str = "torch", device: torch.devic
 
 
 def ending(model: GPT, n: int) -> tuple[list[list[int]], int]:
-    """What rows write without an end, and a token that two of them write in it, at different places."""
+    """Return what the rows write without a stop, and a token that two of them, not all, write at different places."""
     rows = generate(model, PROMPTS, n, GREEDY).tolist()
     for token in rows[0][2:]:
         places = {row.index(token) for row in rows if token in row}
         if len(places) > 1 and sum(token in row for row in rows) < len(rows):
             return rows, token
-    raise AssertionError("take other weights")
+    raise AssertionError("no such token: use other weights")

@@ -1,4 +1,4 @@
-"""Weights as others write them: random values everywhere, since an initial zero or one would hide a lost tensor."""
+"""Write weights in other projects' formats: random values everywhere, since a zero or one would hide a lost tensor."""
 
 import json
 from pathlib import Path
@@ -18,13 +18,13 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def random_tensors(config: GPTConfig = CONFIG, seed: int = 0) -> dict[str, Tensor]:
-    """Our names and shapes."""
+    """Return random fp32 tensors with our names and shapes."""
     generator = torch.Generator().manual_seed(seed)
     return {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes(config).items()}
 
 
 def conv1d(tensors: dict[str, Tensor], prefix: str = "transformer.") -> dict[str, Tensor]:
-    """As Hugging Face names and turns them."""
+    """Return the tensors with Hugging Face's names and transposed weights."""
     return {
         prefix + name: (tensor.T if name.endswith(TRANSPOSED) else tensor).clone().contiguous()
         for name, tensor in tensors.items()
@@ -32,7 +32,7 @@ def conv1d(tensors: dict[str, Tensor], prefix: str = "transformer.") -> dict[str
 
 
 def huggingface_config(config: GPTConfig = CONFIG, **changes) -> str:
-    """The fewest settings of a config.json."""
+    """Return a minimal config.json."""
     stored = {
         "model_type": "gpt2", "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
         "n_positions": config.block_size, "vocab_size": config.vocab_size,
@@ -41,7 +41,7 @@ def huggingface_config(config: GPTConfig = CONFIG, **changes) -> str:
 
 
 def huggingface_folder(folder: Path, tensors: dict[str, Tensor] | None = None, **changes) -> Path:
-    """The fewest files that are a model; `changes` go to config.json."""
+    """Write a model's minimal files; `changes` go to config.json."""
     folder.mkdir()
     (folder / "config.json").write_text(huggingface_config(**changes))
     save_file(conv1d(random_tensors()) if tensors is None else tensors, folder / "model.safetensors")
@@ -49,7 +49,7 @@ def huggingface_folder(folder: Path, tensors: dict[str, Tensor] | None = None, *
 
 
 def llmc_file(config: GPTConfig, tensors: dict[str, Tensor], version: int) -> bytes:
-    """As llm.c's train_gpt2.py writes it, in NumPy: one kind of tensors after the other, each for all layers."""
+    """Return a model file as llm.c's train_gpt2.py writes it, in NumPy: each kind of tensor for all layers."""
     header = np.zeros(256, np.int32)
     Vp = -(-config.vocab_size // 128) * 128
     header[:8] = (
@@ -68,7 +68,7 @@ def llmc_file(config: GPTConfig, tensors: dict[str, Tensor], version: int) -> by
 
 
 def run_transformers(code: str, folder: Path) -> str:
-    """Run a program in `folder`, where nothing of the checkout can be imported, nor the hub be asked."""
+    """Run `code` in `folder`, without access to the checkout's modules and to the hub. Return its output."""
     env = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     return programs.run("-c", code, cwd=folder, env=env, check=True).stdout
 
@@ -81,7 +81,7 @@ def assert_same_tensors(got, needed) -> None:
 
 
 def nanogpt_checkpoint(path: Path, config: GPTConfig, tensors, bias=True, prefix="_orig_mod.") -> None:
-    """nanoGPT's own: (out, in), a tied head, a compiled model's prefix, the optimizer, the mask of old torch."""
+    """Save as nanoGPT does: (out, in), a tied head, a compiled model's prefix, the optimizer, the causal mask."""
     model = {f"{prefix}transformer.{name}": tensor for name, tensor in tensors.items()}
     model[f"{prefix}lm_head.weight"] = tensors["wte.weight"]
     model |= {f"{prefix}transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril()}

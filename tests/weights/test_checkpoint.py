@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, without pickle, the newest kept."""
+"""Checkpoints are complete or refused, hold no pickle, and only the newest are kept."""
 
 import os
 from dataclasses import replace
@@ -18,7 +18,7 @@ pytest.importorskip("tyro", reason="needs tyro for the command line")
 
 def flip(path):
     raw = bytearray(path.read_bytes())
-    raw[-8] ^= 1  # in the manifest: a digit of a checksum
+    raw[-8] ^= 1  # in manifest.json, a digit of a checksum
     path.write_bytes(raw)
 
 
@@ -31,7 +31,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_good(folder, c
     train(c)
     (_, good), (_, newest) = checkpoint.list_checkpoints(c.folder / "checkpoints")
     how(newest / name)
-    with pytest.raises(UserError, match="is damaged .* delete that folder to go on from the one before"):
+    with pytest.raises(UserError, match="is damaged .* delete that folder to resume from the one before"):
         train(replace(c, resume=True, stop_at=None))
     checkpoint.remove_folder(newest)
     assert good.name == "step_00000010"
@@ -56,7 +56,7 @@ def test_files_have_the_users_usual_mode(folder, capsys):
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
 
 
-def test_weights_are_50257_wide_and_hold_no_pickle(folder, capsys):
+def test_checkpoints_have_50257_rows_and_no_pickle(folder, capsys):
     from safetensors import safe_open
 
     c = tiny.config(folder, steps=2, warmup=1, model=tiny.GPT2_WORDS)

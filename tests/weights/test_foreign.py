@@ -1,4 +1,4 @@
-"""Weights of others: each format by bits, the model by transformers' logits, and everything that is not sound."""
+"""Other projects' weights: each format bit for bit, the model against transformers' logits, damaged files refused."""
 
 import io
 import json
@@ -45,7 +45,7 @@ for dtype in (torch.bfloat16, torch.float16):
 
 @pytest.fixture(scope="module")
 def by_huggingface(tmp_path_factory):
-    """A folder of folders, and the weights in it in our names."""
+    """A folder with a folder of each kind, and results.pt: the weights, an input and its logits."""
     pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")
     folder = tmp_path_factory.mktemp("huggingface")
     foreign_files.run_transformers(BY_HUGGING_FACE, folder)
@@ -80,16 +80,16 @@ def test_a_file_by_itself_is_read_with_the_config_beside_it(tmp_path):
     assert read_foreign(folder / "any.bin").config == CONFIG
 
 
-def test_without_a_config_the_table_of_sizes_tells_the_heads(tmp_path):
+def test_without_a_config_the_known_sizes_tell_the_heads(tmp_path):
     config = replace(SIZES["nano"], block_size=8, vocab_size=50)
     save_file(conv1d(random_tensors(config), ""), tmp_path / "known.safetensors")
     assert read_foreign(tmp_path / "known.safetensors").config == config
     save_file(conv1d(random_tensors()), tmp_path / "unknown.safetensors")
-    with pytest.raises(UserError, match="2 layers of width 16 are no size that is known.*put the config.json"):
+    with pytest.raises(UserError, match="2 layers of width 16 are not a known size.*put the model's config.json"):
         read_foreign(tmp_path / "unknown.safetensors")
 
 
-def test_what_is_read_may_be_changed_and_the_file_stays(tmp_path):
+def test_writing_to_a_tensor_does_not_change_its_file(tmp_path):
     foreign_files.huggingface_folder(tmp_path / "a")
     nanogpt_checkpoint(tmp_path / "ckpt.pt", CONFIG, random_tensors())
     (tmp_path / "gpt2.bin").write_bytes(foreign_files.llmc_file(CONFIG, random_tensors(), 3))
@@ -110,7 +110,7 @@ def test_what_is_read_may_be_changed_and_the_file_stays(tmp_path):
         ({"n_inner": 100}, "n_inner is 100: GPT-2 has None or 64"),
         ({"model_type": "llama"}, "model_type is 'llama': only 'gpt2'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"n_head": None}, "n_head is None: a whole number"),
+        ({"n_head": None}, "n_head is None: it must be a whole number"),
         ({"n_head": 3}, "n_embd 16 is no multiple of n_head 3"),
         ({"n_layer": 10**9}, "n_layer is 1000000000, but there are only 28 tensors"),
         ({"n_layer": 1}, "not GPT-2's: h.1.attn.c_attn.bias, .* and 9 more"),
@@ -118,7 +118,7 @@ def test_what_is_read_may_be_changed_and_the_file_stays(tmp_path):
         ({"vocab_size": 51}, r"misshapen: wte.weight \(50, 16\) instead of \(51, 16\)"),
     ],
 )
-def test_what_is_no_gpt2_as_we_compute_it_is_refused(tmp_path, changes, match):
+def test_a_config_that_is_not_gpt2_as_computed_here_is_refused(tmp_path, changes, match):
     with pytest.raises(UserError, match=match):
         read_foreign(foreign_files.huggingface_folder(tmp_path / "a", **changes))
 
@@ -131,7 +131,7 @@ def test_harmless_settings_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight is not wte.weight"),
+        (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs from wte.weight"),
         (lambda t: {n: x for n, x in t.items() if "h.1.mlp.c_proj.bias" not in n}, "missing: h.1.mlp.c_proj.bias"),
         (lambda t: t | {"score.weight": torch.ones(2)}, "not GPT-2's: score.weight"),
         (lambda t: t | {"transformer.ln_f.bias": torch.ones(15)}, r"ln_f.bias \(15,\) instead of \(16,\)"),
@@ -154,8 +154,7 @@ def test_a_tied_head_that_is_stored_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.npz", "model.bin", "ckpt.pt"])
-def test_a_file_cut_anywhere_is_refused(tmp_path, name):
-    """Also cut to nothing."""
+def test_a_truncated_file_is_refused(tmp_path, name):
     file = io.BytesIO()
     if name.endswith(".npz"):
         shutil.copy(OPENAI / "model.npz", tmp_path / "whole.npz")
@@ -171,12 +170,12 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, name):
     whole = file.getvalue()
     for n in sorted({0, 1, 3, 4, 100, 1500, len(whole) // 2, len(whole) - 1000, len(whole) - 4, len(whole) - 1}):
         (tmp_path / name).write_bytes(whole[:n])
-        with pytest.raises(UserError, match="truncated|damaged|is no file of weights"):
+        with pytest.raises(UserError, match="truncated|damaged|is not a known file of weights"):
             read_foreign(tmp_path / name)
 
 
 class Code:
-    """Unpickling it would make the folder "ran"."""
+    """Unpickling this makes the folder "ran"."""
 
     def __reduce__(self):
         import os
@@ -194,27 +193,27 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch, n
     assert not Path("ran").exists()
 
 
-def test_what_a_pickle_holds_must_be_tensors(tmp_path):
+def test_a_pickle_must_hold_a_dictionary_of_tensors(tmp_path):
     for value, match in (
         ([1], "holds a list"),
         ({"model": [1]}, "holds a list"),
-        ({"a": 1}, "'a' is a int, no tensor"),
+        ({"a": 1}, "'a' is a int, not a tensor"),
     ):
         torch.save(value, tmp_path / "a.pt")
         with pytest.raises(UserError, match=match):
             read_foreign(tmp_path / "a.pt")
 
 
-def test_what_holds_nothing_known_is_refused_with_what_is_known(tmp_path):
-    with pytest.raises(UserError, match="holds no run and no weights.*Hugging Face folder.*llm.c's .bin.*nanoGPT"):
+def test_unknown_files_are_refused_with_a_list_of_known_ones(tmp_path):
+    with pytest.raises(UserError, match="no run and no known weights.*Hugging Face folder.*llm.c's .bin.*nanoGPT"):
         read_foreign(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(UserError, match="notes.txt is no file of weights"):
+    with pytest.raises(UserError, match="notes.txt is not a known file of weights"):
         read_foreign(tmp_path / "notes.txt")
 
 
-def test_an_index_of_parts_must_stay_in_its_folder(tmp_path):
+def test_parts_in_another_folder_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(UserError, match="index.json is damaged.*a file outside the folder"):
         read_foreign(tmp_path)

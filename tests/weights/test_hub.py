@@ -1,4 +1,4 @@
-"""Models by their name on the hub, which a folder stands in for here; and what is said where there is no hub."""
+"""Models by their name on the hub, which is replaced by a folder here; and the message without a hub."""
 
 import shutil
 import sys
@@ -12,11 +12,11 @@ from gpt2fast.weights.foreign import read_foreign
 from tests.tools import foreign_files
 from tests.tools.foreign_files import conv1d, random_tensors
 
-hub = pytest.importorskip("huggingface_hub", reason="what is asked for is this package's snapshot_download")
+hub = pytest.importorskip("huggingface_hub", reason="its snapshot_download is replaced")
 
 
 def fake_hub(monkeypatch, repository: Path) -> list[str]:
-    """huggingface_hub's place is taken by a folder; the names that were asked for."""
+    """Replace huggingface_hub by a folder. Return the list of names that were asked for, which grows."""
     asked = []
 
     def snapshot_download(name, allow_patterns):
@@ -44,7 +44,7 @@ def test_from_the_hub(tmp_path, monkeypatch, source):
     assert torch.equal(found.tensors["wte.weight"], random_tensors()["wte.weight"])
 
 
-def test_from_the_hub_where_there_are_no_safetensors(tmp_path, monkeypatch):
+def test_from_the_hub_without_safetensors(tmp_path, monkeypatch):
     repository = foreign_files.huggingface_folder(tmp_path / "repository")
     (repository / "model.safetensors").unlink()
     fake_hub(monkeypatch, repository)
@@ -69,7 +69,7 @@ def test_without_the_hub_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     by_hand = "download config.json and model.safetensors from https://huggingface.co/someone/gpt2 into a folder"
-    with pytest.raises(UserError, match=rf"someone/gpt2 did not come from the hub \(\w+: .*\): {by_hand}"):
+    with pytest.raises(UserError, match=rf"someone/gpt2 could not be downloaded \(\w+: .*\): {by_hand}"):
         read_foreign("someone/gpt2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=rf"pip install 'gpt2fast\[hub\]'; or {by_hand}"):

@@ -1,6 +1,6 @@
-"""The whole model is Hugging Face's GPT-2: logits, loss and every gradient, within the rounding of float32.
+"""The model equals Hugging Face's GPT-2: logits, loss and every gradient, within the rounding of float32.
 
-The truth is theirs in float64, the base theirs in float32. A Conv1D weight there is a Linear weight transposed.
+The truth is their model in float64, the base their model in float32. Conv1D's weights are Linear's, transposed.
 """
 
 import pytest
@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers", reason="the yardstick here is
 
 
 def huggingface_results(model: nn.Module, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Logits, loss and gradients. The loss is taken from the logits, since theirs is float32 in float64 too."""
+    """Return logits, loss and gradients. The loss is computed from the logits, since their own is always float32."""
     logits = model(idx).logits
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
@@ -35,10 +35,10 @@ def our_results(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def results(config: GPTConfig, idx: Tensor, targets: Tensor, seed: int) -> tuple[dict, dict, dict]:
-    """What ours makes of random weights, theirs in float64, and theirs in float32."""
+    """Return the results of our model, of theirs in float64, and of theirs in float32, for the same random weights."""
     theirs = huggingface_model(config, seed)
     ours = GPT(config, ops.build(ops.OpsConfig()))
-    ours.load_state_dict(in_our_names(dict(theirs.named_parameters())))  # strict: same names, none is left over
+    ours.load_state_dict(in_our_names(dict(theirs.named_parameters())))  # strict: the same names, and no others
     got = our_results(ours, idx, targets)
     base = {name: result.clone() for name, result in huggingface_results(theirs, idx, targets).items()}
     theirs.zero_grad()
@@ -55,7 +55,7 @@ def results(config: GPTConfig, idx: Tensor, targets: Tensor, seed: int) -> tuple
     ],
 )
 def test_logits_loss_and_all_gradients(config, B, T, models):
-    """Of several models where one has too few numbers to tell rounding by."""
+    """Over several models if one has too few numbers to measure rounding by."""
     generator = torch.Generator().manual_seed(1)
     idx, targets = torch.randint(config.vocab_size, (2, B, T), generator=generator)
     drawn = [results(config, idx, targets, seed) for seed in range(models)]

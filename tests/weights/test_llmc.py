@@ -1,4 +1,4 @@
-"""llm.c's .bin, versions 3 and 5: by bits, and a header that must fit the file."""
+"""llm.c's .bin, versions 3 and 5: read bit for bit, and refused if header and size do not fit."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_llmc(tmp_path, version, dtype):
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [
-        (1, 1, "has version 1: versions 3"),
+        (1, 1, "has version 1: write it in version 3"),
         (1, 5, "header means .* bytes, but it has"),
         (2, 9, "header means"),
         (3, 0, "impossible header: vocab_size is 0"),

@@ -1,4 +1,4 @@
-"""A model from whatever a person names: a run, one of its checkpoints, or the weights of others."""
+"""A model is loaded from a run, one of its checkpoints, or other projects' weights."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def same(a: GPT, b: GPT) -> bool:
     return list(tensors) == list(others) and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
-def test_a_run_is_its_newest_checkpoint(run):
+def test_a_run_means_its_newest_checkpoint(run):
     newest = run / "checkpoints" / "step_00000020"
     model, where = load.load_model(run, CPU), load.read_weights(run).where
     assert where == str(newest)
@@ -67,7 +67,7 @@ def test_a_run_without_a_checkpoint_and_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint yet: let the run reach its first one"):
         load.load_model(tmp_path, CPU)
     (tmp_path / "checkpoints").rmdir()
-    with pytest.raises(UserError, match="holds no run and no weights that are known"):
+    with pytest.raises(UserError, match="holds no run and no known weights"):
         load.load_model(tmp_path, CPU)
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path):
             load.read_weights(source)
 
 
-def test_others_weights_make_a_model_that_can_be_trained(tmp_path):
+def test_a_model_with_foreign_weights_can_be_trained(tmp_path):
     folder = foreign_files.huggingface_folder(tmp_path / "a")
     model, where = load.load_model(folder, CPU), load.read_weights(folder).where
     assert where == str(tmp_path / "a")
@@ -93,7 +93,7 @@ def test_others_weights_make_a_model_that_can_be_trained(tmp_path):
     assert all(p.grad is not None and p.is_contiguous() for p in model.parameters())
 
 
-def test_out_of_a_run_and_in_again(run, tmp_path):
+def test_an_exported_run_is_read_back_exactly(run, tmp_path):
     model = load.load_model(run, CPU)
     for out, format in (("hf", "huggingface"), ("a.bin", "llm.c")):
         export.export(ExportConfig(source=str(run), out=tmp_path / out, format=format))
@@ -104,7 +104,7 @@ def test_out_of_a_run_and_in_again(run, tmp_path):
 
 
 def recorded(run: Path, folder: Path, **state) -> Path:
-    """A copy of the run whose newest checkpoint's state.json has other values; None takes one out."""
+    """Copy the run and change state.json of its newest checkpoint; None removes a value."""
     copy = Path(shutil.copytree(run, folder))
     path = copy / "checkpoints" / "step_00000020"
     values = json.loads((path / "state.json").read_text()) | state
@@ -119,7 +119,7 @@ def chosen(source: Path, backend: str = "auto", said: list | None = None) -> ops
     return load.choose_ops(load.read_weights(source), CPU, backend, [].append if said is None else said.append)
 
 
-def test_the_ops_are_those_of_training_or_of_the_backend_that_is_named(run, tmp_path):
+def test_the_ops_are_those_of_training_or_of_a_named_backend(run, tmp_path):
     compiled = dict.fromkeys(ops.NAMES, "torch") | {"mlp": "compiled"}
     trained = recorded(run, tmp_path / "compiled", ops=compiled)
     moved = shutil.copytree(trained / "checkpoints" / "step_00000020", tmp_path / "moved")
@@ -133,7 +133,7 @@ def test_the_ops_are_those_of_training_or_of_the_backend_that_is_named(run, tmp_
     assert said == []
 
 
-def test_torch_computes_what_cannot_run_here_and_a_line_says_so(run, tmp_path, monkeypatch):
+def test_torch_replaces_what_cannot_run_here_and_a_line_says_so(run, tmp_path, monkeypatch):
     """Trained on a GPU, sampled on a laptop."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     ours = dict.fromkeys(ops.NAMES, "triton") | {"mlp": "epilogue", "linear": "compiled"}
@@ -146,20 +146,20 @@ def test_torch_computes_what_cannot_run_here_and_a_line_says_so(run, tmp_path, m
         "(the triton backend needs a CUDA GPU, and this run is on cpu): torch is used instead"
     ]
     assert same(load.load_model(trained, CPU, say=said.append), load.load_model(run, CPU))
-    with pytest.raises(UserError, match="triton"):  # named by hand: refused
+    with pytest.raises(UserError, match="triton"):  # named explicitly: refused
         load.load_model(trained, CPU, "triton")
 
 
-def test_a_run_of_interpreted_kernels_is_known_as_one(run, tmp_path, monkeypatch):
-    """And so written and evaluated in fp32: the interpreter computes bf16 wrongly."""
+def test_a_run_of_interpreted_kernels_is_recognised(run, tmp_path, monkeypatch):
+    """So it is sampled and evaluated in fp32: the interpreter computes bf16 wrongly."""
     ours = recorded(run, tmp_path / "ours", ops=dict.fromkeys(ops.NAMES, "torch") | {"attention": "triton"})
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert [ops.interpreted(chosen(source)) for source in (run, ours)] == [False, True]
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_a_run_from_before_state_json_held_the_ops_is_read_as_before(run, tmp_path, backend):
-    """Its config.json has them: what was named, and what --backend auto chose."""
+def test_an_older_run_without_ops_in_state_json_is_read(run, tmp_path, backend):
+    """Its config.json has them: those that were named, and those that --backend auto chose."""
     old = recorded(run, tmp_path / "old", ops=None)
     record = json.loads((old / "config.json").read_text())
     record["config"]["backend"], record["config"]["ops"]["mlp"] = backend, "compiled"
@@ -172,11 +172,11 @@ def test_a_run_from_before_state_json_held_the_ops_is_read_as_before(run, tmp_pa
 
 
 @pytest.mark.kernel
-def test_foreign_weights_in_our_kernels_write_what_torch_writes(tmp_path, device):
+def test_foreign_weights_generate_the_same_tokens_in_our_kernels(tmp_path, device):
     wide = foreign_files.GPTConfig(n_layer=2, n_head=1, n_embd=16, block_size=8, vocab_size=50)
     settings = json.loads(foreign_files.huggingface_config(wide))
     tensors = random_tensors(wide)
-    tensors["wpe.weight"] *= 20  # or one token would follow itself for ever
+    tensors["wpe.weight"] *= 20  # or one token would repeat for ever
     folder = foreign_files.huggingface_folder(tmp_path / "a", foreign_files.conv1d(tensors), **settings)
     texts = []
     for backend in ("torch", "triton"):
@@ -187,7 +187,7 @@ def test_foreign_weights_in_our_kernels_write_what_torch_writes(tmp_path, device
     assert len(set(texts[0][0])) > 1
 
 
-def test_heads_that_the_kernels_cannot_take_are_refused(tmp_path):
+def test_head_sizes_that_the_kernels_do_not_support_are_refused(tmp_path):
     narrow = foreign_files.GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=9)
     settings = json.loads(foreign_files.huggingface_config(narrow))
     folder = foreign_files.huggingface_folder(tmp_path / "a", foreign_files.conv1d(random_tensors(narrow)), **settings)

@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt: its names, its padding, its missing biases."""
+"""nanoGPT's ckpt.pt: names, padded vocabulary, models without biases."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def test_nanogpt(tmp_path):
         assert_same_tensors(found.tensors, random_tensors())
 
 
-def test_nanogpt_without_biases_has_biases_of_zero(tmp_path):
+def test_a_model_without_biases_gets_biases_of_zero(tmp_path):
     tensors = random_tensors()
     with_weights_only = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
     nanogpt_checkpoint(tmp_path / "ckpt.pt", CONFIG, with_weights_only, bias=False)

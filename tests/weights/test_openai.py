@@ -1,4 +1,4 @@
-"""OpenAI's release: a checkpoint that TensorFlow wrote is read without TensorFlow, and no damage to it goes unseen."""
+"""OpenAI's release: a checkpoint that TensorFlow wrote is read without TensorFlow, and damage to it is found."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ def release(tmp_path) -> Path:
     return Path(shutil.copytree(OPENAI, tmp_path / "124M", ignore=shutil.ignore_patterns("*.npz")))
 
 
-def test_a_flipped_byte_of_the_index_is_refused_or_does_not_matter(release):
+def test_a_flipped_byte_of_the_index_is_refused_or_harmless(release):
     index = release / "model.ckpt.index"
     whole, needed = index.read_bytes(), read_foreign(release).tensors
     refused = 0
@@ -45,12 +45,12 @@ def test_a_flipped_byte_of_the_index_is_refused_or_does_not_matter(release):
             found = read_foreign(release).tensors
             assert all(torch.equal(tensor, needed[name]) for name, tensor in found.items())
         except UserError as error:
-            assert "is damaged or no TensorFlow checkpoint" in str(error)
+            assert "is damaged or not a TensorFlow checkpoint" in str(error)
             refused += 1
     assert refused > 0.9 * len(whole)
 
 
-def test_what_is_missing_or_cut_beside_the_index_is_refused(release):
+def test_missing_or_truncated_files_beside_the_index_are_refused(release):
     data = release / "model.ckpt.data-00000-of-00001"
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
@@ -64,7 +64,7 @@ def test_what_is_missing_or_cut_beside_the_index_is_refused(release):
     with pytest.raises(UserError, match="hparams.json describes no GPT-2"):
         read_foreign(release)
     (release / "hparams.json").unlink()
-    with pytest.raises(UserError, match="no size that is known"):
+    with pytest.raises(UserError, match="not a known size"):
         read_foreign(release)
     shutil.copy(release / "model.ckpt.index", release / "model-2.ckpt.index")
     with pytest.raises(UserError, match="holds 2 TensorFlow checkpoints: name one"):
@@ -75,11 +75,11 @@ def test_what_is_missing_or_cut_beside_the_index_is_refused(release):
     ("inner", "handles", "match"),
     [
         (tensorflow_block(varint(0) + varint(5000) + varint(0) + b"a" * 5000), 1, "a name of 5000 bytes"),
-        (tensorflow_block(varint(0) + varint(900) + varint(0) + b"a" * 900), 1000, "blocks that lie upon each other"),
+        (tensorflow_block(varint(0) + varint(900) + varint(0) + b"a" * 900), 1000, "overlapping blocks"),
         (tensorflow_block(b"\x80" * 20 + b"\1"), 1, "more than 64 bits"),
     ],
 )
-def test_a_tensorflow_index_cannot_repeat_itself(tmp_path, inner, handles, match):
-    """A name may repeat the last one, and blocks may be named again: quadratic work and memory in a small file."""
+def test_a_tensorflow_index_that_repeats_itself_is_refused(tmp_path, inner, handles, match):
+    """A name may repeat the one before it, and a block may be listed again: quadratic work from a small file."""
     (tmp_path / "a.index").write_bytes(tensorflow_table(inner, handles))
     refused(lambda: openai.read_tensorflow(tmp_path / "a.index"), match)
