@@ -1,8 +1,8 @@
-"""pytest-benchmark cases: each single kernel and what torch has in its place, at GPT-2's width or, on a CPU, nano's.
+"""Time single kernels by hand, beside torch: `python -m pytest benchmarks --benchmark-only`.
 
-    python -m pytest benchmarks/bench_kernels.py --benchmark-enable
-
-`python -m benchmarks.kernels` verifies, flushes L2, and knows the ceilings; this compares two commits on one machine.
+The shapes are of GPT-2's width or, on a CPU, nano's, where only torch is timed. `python -m benchmarks.kernels` verifies
+results, flushes L2, and knows the device's ceilings; this compares two commits on one machine: --benchmark-autosave,
+then --benchmark-compare.
 """
 
 import pytest
@@ -21,7 +21,7 @@ CASES = {case.op: case for case in kernels.cases([SIZE], TOKENS, [LENGTH], DEVIC
 @pytest.mark.parametrize("provider", ["eager", "triton"])
 def bench_kernel(benchmark, provider, op, direction):
     if provider == "triton" and not CUDA:
-        pytest.skip("the time of Triton's interpreter says nothing")
+        pytest.skip("times of Triton's interpreter mean nothing")
     case = CASES[op]
     fn, inputs = kernels.providers(case, DEVICE)[provider], case.inputs(DEVICE)
 
