@@ -1,11 +1,8 @@
-"""Tokens/s of our `sample` and of transformers' `generate`, same weights, same prompt: `python -m benchmarks.generate`.
+"""Time our `sample` and transformers' `generate`, same weights, same prompt: `python -m benchmarks.generate`.
 
-Both take the likeliest token, so both must write the same text. Each runs in a process of its own; they take turns.
+Both choose the most likely token, so both must write the same text. Each runs in a process of its own; they take turns.
 """
 
-import argparse
-import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +12,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks import harness, textbook
+from benchmarks import flags, harness, textbook
+from benchmarks.ladder import why
 from gpt2fast import ops
 from gpt2fast.command import run_main
-from gpt2fast.errors import UserError
+from gpt2fast.errors import UserError, check_at_least
 from gpt2fast.inference.decode import Sampling, generate
 from gpt2fast.machine import versions
 from gpt2fast.machine.device import (
@@ -34,13 +32,41 @@ from gpt2fast.machine.device import (
 from gpt2fast.model import GPT, SIZES
 
 OURS = "gpt2fast sample"
-ROUNDED = "transformers generate, rounded weights"  # which we compute with too; its sums and norms are not in fp32
+ROUNDED = "transformers generate, rounded weights"  # in bf16 or fp16 throughout, sums and norms included
 NAMES = (OURS, "transformers generate", ROUNDED)
-TIMED = 3  # texts a process
+TIMED = 3  # texts that a process is timed for
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Time our sample and transformers' generate, with the same weights and the same prompt."""
+
+    size: flags.Size = "gpt2"
+    """Model."""
+    batch_size: int = 1
+    """Texts that are written at once."""
+    prompt: int = 32
+    """Tokens in the prompt."""
+    tokens: int = 64
+    """Tokens to write."""
+    precision: flags.AnyPrecision = "auto"
+    """auto: bf16 where the device is fast at it, fp16 on CUDA without it, else fp32."""
+    device: str = "auto"
+    """auto: CUDA, else MPS, else CPU."""
+    repetitions: int = 3
+    """Turns of all programs."""
+    limit: float = 300.0
+    """Seconds for a process."""
+    out: Path = harness.RESULTS
+    """Folder of results."""
+    file: Path | None = None
+    """Append the rows to this file instead of a new one in --out."""
 
 
 @dataclass(frozen=True)
 class Work:
+    """The texts that all programs write."""
+
     size: str
     B: int  # texts at once
     prompt: int  # tokens
@@ -49,8 +75,16 @@ class Work:
     device: str
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the process of a program gets."""
+
+    name: str
+    work: Work
+
+
 def writer(name: str, model: GPT, work: Work, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function (B, prompt) -> (B, tokens)."""
+    """Return a function (B, prompt) -> (B, tokens)."""
     if name == OURS:
         greedy = Sampling(temperature=0)
         return lambda idx: generate(model, idx, work.tokens, greedy, precision=work.precision)
@@ -68,8 +102,9 @@ def writer(name: str, model: GPT, work: Work, device: torch.device) -> Callable[
     return write
 
 
-def measure(name: str, work: Work, device: torch.device) -> dict:
-    """Write one text to warm up, then time some."""
+def measure(job: Job) -> dict:
+    """Write a text to warm up, then time TIMED more."""
+    name, work, device = job.name, job.work, torch.device(job.work.device)
     keep_freed_memory()
     model = GPT(SIZES[work.size], ops.build(ops.OpsConfig(), device.type)).to(device)
     try:
@@ -95,31 +130,34 @@ def measure(name: str, work: Work, device: torch.device) -> dict:
     }
 
 
-def run_all(work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
+def compare(c: GenerateConfig) -> list[dict]:
+    """Run each program in its own process, all of them in turn. The rows are on the disk at once."""
+    check_at_least(c, batch_size=1, prompt=1, tokens=1, repetitions=1, limit=0)
+    block = SIZES[c.size].block_size
+    if c.prompt + c.tokens > block:
+        raise UserError(f"--prompt {c.prompt} and --tokens {c.tokens} are more than {block} positions: lower one")
+    device = pick_device(c.device)
+    precision = pick_precision(c.precision, device)
+    work = Work(c.size, c.batch_size, c.prompt, c.tokens, precision, str(device))
+    path = c.file or harness.results_file("generate", c.out)
+    print(f"{work.size}, {work.B} x {work.tokens} tokens, {precision}, on {device_name(device)}; rows in {path}")
+    names = NAMES[: 2 if precision == "fp32" else 3]
     record = versions.record()
     rows: list[dict] = []
-    for repetition in range(options.repetitions):
-        for name in NAMES[: 2 if work.precision == "fp32" else 3]:
-            print(f"{repetition + 1}/{options.repetitions}  {name} ...", end=" ", flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                out, log = Path(folder) / "row.json", Path(folder) / "log"
-                arguments = ["--size", work.size, "--batch-size", work.B, "--prompt", work.prompt]
-                arguments += ["--tokens", work.tokens, "--precision", work.precision, "--device", work.device]
-                result = harness.run_apart(
-                    "benchmarks.generate", *arguments, "--only", name, out, limit=options.limit, log=log
-                )
-                result = json.loads(out.read_text()) if out.exists() else result
+    for repetition in range(c.repetitions):
+        results = harness.each_apart(measure, [Job(name, work) for name in names], limit=c.limit)
+        for name, result in zip(names, results):
             common = {"suite": "generate", "name": name, "ours": name == OURS, "repetition": repetition}
             row = common | result | {"config": asdict(work), "machine": record}
             row["agrees"] = agreement(row, rows)
             harness.append_row(path, row)
             rows.append(row)
-            print(describe(row), flush=True)
+            print(f"{repetition + 1}/{c.repetitions}  {name}: {describe(row)}", flush=True)
     return rows
 
 
 def agreement(row: dict, before: Sequence[dict]) -> float | None:
-    """The share of tokens that the first text has too. Below 1: rounding chose another of two likeliest tokens."""
+    """Return the share of tokens that the first text has too; below 1 where rounding changed the most likely token."""
     first = next((other["text"] for other in before if "text" in other), None)
     if first is None or "text" not in row:
         return None
@@ -127,45 +165,14 @@ def agreement(row: dict, before: Sequence[dict]) -> float | None:
 
 
 def describe(row: dict) -> str:
+    """Return a row's speed, or why it has none."""
     if row["status"] != "ok":
-        return f"{row['status']}: {row.get('why') or row['tail'].strip().splitlines()[-1]}"
+        return f"{row['status']}: {why(row)}"
     return f"{row['tokens_per_s']['median']:,.0f} tokens/s, {row['ms_per_token']:.1f} ms a token"
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__.splitlines()[0])
-    p.add_argument("--size", choices=SIZES, default="gpt2")
-    p.add_argument("--batch-size", type=int, default=1, help="texts at once")
-    p.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
-    p.add_argument("--tokens", type=int, default=64, help="tokens to write")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--repetitions", type=int, default=3)
-    p.add_argument("--limit", type=float, default=300.0, help="seconds for a process")
-    p.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
-    p.add_argument("--file", type=Path, help="append the rows to this file instead")
-    p.add_argument("--only", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)  # what a process gets
-    return p
-
-
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args(argv)
-    device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
-    for name in ("batch_size", "prompt", "tokens", "repetitions"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1")
-    block = SIZES[options.size].block_size
-    if options.prompt + options.tokens > block:
-        raise UserError(f"--prompt {options.prompt} and --tokens {options.tokens} are more than {block} positions")
-    work = Work(options.size, options.batch_size, options.prompt, options.tokens, precision, str(device))
-    if options.only:
-        Path(options.only[1]).write_text(json.dumps(measure(options.only[0], work, device)))
-        return 0
-    path = options.file or harness.results_file("generate", options.out)
-    print(f"{work.size}, {work.B} x {work.tokens} tokens, {precision}, on {device_name(device)}; rows in {path}")
-    rows = run_all(work, options, path)
-    return 0 if all(row["status"] in ("ok", "skipped") for row in rows) else 1
+    return harness.exit_code(compare(flags.parse(GenerateConfig, argv, "benchmarks.generate")))
 
 
 if __name__ == "__main__":

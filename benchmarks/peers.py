@@ -1,21 +1,20 @@
-"""Our training step beside the ones that people use, in one run: `python -m benchmarks.peers`.
+"""Time our training step beside the ones that people use: `python -m benchmarks.peers`.
 
     textbook       plain PyTorch as in nanoGPT (benchmarks/textbook.py): unfused AdamW, eager and compiled
     transformers   GPT2LMHeadModel with SDPA and fused AdamW, eager and compiled
     liger          the same with Liger's Triton kernels; on a GPU
     torch, triton  our two backends, eager and compiled, torch also with max-autotune; the residual stream and AdamW
-                   are what training takes with them
-    auto           what `--backend auto` takes, compiled
+                   are those that training uses with them
+    auto           what `--backend auto` chooses, compiled
 
 All do the same work: the same initial weights, tokens, AdamW and clipping; the losses of the first steps must agree.
-Each runs in a process of its own, since memory, allocator settings and compilers' caches are a process's; all take
-turns, `--repetitions` times, so that a machine that slows down does so for all. A row for each process; what cannot
-run here is a row that says why. On a CPU opponents also run with our allocator settings, which nobody has by default.
+Each runs in a process of its own, since memory, allocator settings and compilers' caches belong to a process; all take
+turns, `--repetitions` times, so that a machine that slows down affects all of them. Each process gives a row; a peer
+that cannot run here is a row that says why. On a CPU opponents also run with our allocator settings, which no one has
+by default.
 """
 
-import argparse
-import json
-import tempfile
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,11 +23,11 @@ from statistics import median
 
 import torch
 
-from benchmarks import harness, textbook
-from benchmarks.ladder import LEARNING_RATE, LOSSES, agrees, describe, endless_batches
+from benchmarks import flags, harness, textbook
+from benchmarks.ladder import agrees, describe, timed
 from gpt2fast import auto, ops
 from gpt2fast.command import run_main
-from gpt2fast.errors import UserError
+from gpt2fast.errors import UserError, check_at_least
 from gpt2fast.machine import versions
 from gpt2fast.machine.device import (
     Precision,
@@ -43,21 +42,20 @@ from gpt2fast.machine.device import (
 from gpt2fast.measure import Workload
 from gpt2fast.model import GPT, SIZES, GPTConfig
 from gpt2fast.ops import OpsConfig
-from gpt2fast.training import choices, flops, optim
+from gpt2fast.training import choices, optim
 from gpt2fast.training.choices import Place
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.screen import share
 from gpt2fast.training.step import TrainingStep
 
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"  # CUDA graphs would need static inputs
-LEAST_SECONDS = 20.0  # a process is not begun with less
 
 
 @dataclass(frozen=True)
 class Peer:
     peer: str  # whose step
     mode: str = "eager"  # or compiled, max-autotune
-    allocator: bool = False  # with our settings, though not ours
+    allocator: bool = False  # an opponent with our allocator settings
 
     @property
     def ours(self) -> bool:
@@ -75,9 +73,43 @@ OURS += [Peer("torch", "max-autotune"), Peer("auto", "compiled")]
 ALL = {peer.name: peer for peer in (*OPPONENTS, *ALLOCATED, *OURS)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PeersConfig:
+    """Time our training step beside the ones that people use."""
+
+    size: flags.Size = "gpt2"
+    """Model."""
+    batch_size: int | None = None
+    """Sequences in a batch, B. None: 64 on CUDA, 8 for nano, else 4."""
+    seq_len: int | None = None
+    """Tokens in a sequence, T. None: 1024 on CUDA, 128 for nano, else 256."""
+    precision: flags.AnyPrecision = "auto"
+    """auto: bf16 where the device is fast at it, fp16 on CUDA without it, else fp32."""
+    device: str = "auto"
+    """auto: CUDA, else MPS, else CPU."""
+    peers: tuple[str, ...] = ()
+    """Peers, by name: 'torch compiled', for one. None named: all that can run here."""
+    repetitions: int = 3
+    """Turns of all peers."""
+    steps: int = 20
+    """Time at most this many steps in a turn."""
+    warmup: int = 5
+    """Steps before them, at least 3."""
+    seconds: float = 10.0
+    """Time steps for at most this long in a turn, but at least 3 of them."""
+    limit: float = 300.0
+    """Seconds for a process, with starting and compiling."""
+    budget: float = math.inf
+    """Seconds for everything."""
+    out: Path = harness.RESULTS
+    """Folder of results."""
+    file: Path | None = None
+    """Append the rows to this file instead of a new one in --out."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """What is trained."""
+    """The training that all peers do."""
 
     size: str
     B: int
@@ -86,8 +118,19 @@ class Work:
     device: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the process of a peer gets."""
+
+    name: str
+    work: Work
+    steps: int
+    warmup: int
+    seconds: float
+
+
 def their_step(peer: Peer, ours: GPT, work: Work, device: torch.device) -> Callable:
-    """A step(batches, lr) -> (loss, norm) as their users write it."""
+    """Return a step(batches, lr) -> (loss, norm), written as its users write it."""
     model = textbook.PEERS[peer.peer](ours).to(device)
     forward = model if peer.mode == "eager" else torch.compile(model, dynamic=False)
     optimizer = optim.adamw(model, 0.1, fused=peer.peer != "textbook")
@@ -108,6 +151,7 @@ def their_step(peer: Peer, ours: GPT, work: Work, device: torch.device) -> Calla
 
 
 def our_step(peer: Peer, model: GPT, choice: OpsConfig, work: Work, device: torch.device) -> Callable:
+    """Return the step of gpt2fast.train with these ops."""
     compile, mode = peer.mode != "eager", MAX_AUTOTUNE if peer.mode == "max-autotune" else None
     ours = choices.adamw_is_ours(TrainConfig(), choice, Place(device, work.precision, None))
     optimizer = optim.adamw(model, 0.1, kernels=ops.kernels(device.type) if ours else None)
@@ -115,18 +159,18 @@ def our_step(peer: Peer, model: GPT, choice: OpsConfig, work: Work, device: torc
 
 
 def refusal(peer: Peer, device: torch.device) -> str | None:
-    """Why this peer has nothing to show on this device."""
+    """Return why this peer cannot be measured on this device, or None."""
     if peer.peer == "liger" and device.type != "cuda":
         return "Liger's kernels need a GPU"
     if peer.allocator and device.type != "cpu":
-        return f"what is computed on {device.type} does not use the C library's allocator"
+        return f"computation on {device.type} does not use the C library's allocator"
     if peer.peer == "triton" and ops.interpreted(OpsConfig().with_backend("triton")):
-        return "the speed of Triton's interpreter says nothing: unset TRITON_INTERPRET"
+        return "times of Triton's interpreter mean nothing: unset TRITON_INTERPRET"
     return None
 
 
 def chosen(config: GPTConfig, work: Work, device: torch.device) -> tuple[OpsConfig, dict]:
-    """What `--backend auto` takes in a compiled step; the same as plain strings, for the row."""
+    """Return the ops that `--backend auto` chooses for a compiled step, and the same as plain strings for the row."""
     load = Workload(
         B=work.B, T=work.T, C=config.n_embd, H=config.n_head, V=config.padded_vocab_size, vocab_size=config.vocab_size,
         precision=work.precision, tf32=True, compiled=True,
@@ -136,11 +180,12 @@ def chosen(config: GPTConfig, work: Work, device: torch.device) -> tuple[OpsConf
     return choice, asdict(choice)
 
 
-def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: int, seconds: float) -> dict:
-    """Train as this peer does and time each step."""
+def measure(job: Job) -> dict:
+    """Train as a peer does and time each step."""
+    peer, work, device = ALL[job.name], job.work, torch.device(job.work.device)
     if why := refusal(peer, device):
         return {"status": "skipped", "why": why}
-    use_allowed_cores()  # for all: a number of threads is nobody's merit
+    use_allowed_cores()  # for all: the number of threads is not what is compared
     if device.type == "cpu" and (peer.ours or peer.allocator):
         keep_freed_memory()
     config = replace(SIZES[work.size], block_size=max(work.T, SIZES[work.size].block_size))
@@ -157,40 +202,33 @@ def measure(peer: Peer, work: Work, device: torch.device, warmup: int, steps: in
         return {"status": "skipped", "why": str(error)}
     if not peer.ours:
         del model
-    batches = endless_batches(config.vocab_size, work.B, work.T, device)
-    start = time.perf_counter()
-    first = [step(batches, LEARNING_RATE)[0].item() for _ in range(LOSSES)]
-    for _ in range(warmup - LOSSES):
-        step(batches, LEARNING_RATE)
-    warm = time.perf_counter() - start
-    times = harness.time_calls(lambda: step(batches, LEARNING_RATE), device, steps, seconds)
-    speed = harness.spread([work.B * work.T / t for t in times])
-    peak = flops.peak_flops(device_name(device), work.precision, tf32=True)
-    return row | {
-        "status": "ok",
-        "tokens_per_s": speed,
-        "ms": harness.spread([1e3 * t for t in times]),
-        "steps": len(times),
-        "warmup_s": round(warm, 2),
-        "peak_memory": harness.peak_memory(device),
-        "mfu": flops.mfu(speed["median"], config, work.T, peak),
-        "losses": first,
-    }
+    return row | timed(
+        step, config, work.B, work.T, device,
+        precision=work.precision, tf32=True, steps=job.steps, warmup=job.warmup, seconds=job.seconds,
+    )  # fmt: skip
 
 
-def run_all(names: Sequence[str], work: Work, options: argparse.Namespace, path: Path) -> list[dict]:
-    """Each peer in its own process, all of them in turn, again and again."""
-    record = versions.record()
+def compare(c: PeersConfig) -> list[dict]:
+    """Run each peer in its own process, all of them in turn, and print a table. The rows are on the disk at once."""
+    check_at_least(
+        c, batch_size=1, seq_len=1, repetitions=1, steps=1, warmup=1, seconds=0, limit=0, budget=0
+    )  # fmt: skip
+    if unknown := [name for name in c.peers if name not in ALL]:
+        raise UserError(f"--peers {unknown[0]!r}: there are {', '.join(map(repr, ALL))}")
+    device = pick_device(c.device)
+    precision = pick_precision(c.precision, device)
+    cuda, nano = device.type == "cuda", c.size == "nano"
+    B = c.batch_size or (64 if cuda else 8 if nano else 4)
+    T = c.seq_len or min(SIZES[c.size].block_size, 1024 if cuda else 256)
+    work = Work(c.size, B, T, precision, str(device))
+    names = list(c.peers or (name for name, peer in ALL.items() if cuda or refusal(peer, device) is None))
+    path = c.file or harness.results_file("peers", c.out)
+    print(f"{work.size}, B {B}, T {T}, {precision}, on {device_name(device)}; rows in {path}")
+    record, end = versions.record(), time.monotonic() + c.budget
     rows: list[dict] = []
-    end = time.monotonic() + options.budget
-    hopeless: set[str] = set()  # what was skipped once will be again
-    for repetition in range(options.repetitions):
-        for name in names:
-            if name in hopeless:
-                continue
-            limit = min(options.limit, end - time.monotonic())
-            print(f"{repetition + 1}/{options.repetitions}  {name} ...", end=" ", flush=True)
-            result = apart(name, work, options, limit)
+    for repetition in range(c.repetitions):
+        jobs = [Job(name=name, work=work, steps=c.steps, warmup=c.warmup, seconds=c.seconds) for name in names]
+        for name, result in zip(list(names), harness.each_apart(measure, jobs, limit=c.limit, end=end)):
             peer = {**asdict(ALL[name]), "name": name, "ours": ALL[name].ours, "repetition": repetition}
             config = asdict(work) | {"data": "seeded random ids"}
             row = {"suite": "peers", **peer, **result, "config": config, "machine": record}
@@ -198,25 +236,14 @@ def run_all(names: Sequence[str], work: Work, options: argparse.Namespace, path:
             harness.append_row(path, row)
             rows.append(row)
             if row["status"] == "skipped":
-                hopeless.add(name)
-            print(describe(row), flush=True)
+                names.remove(name)  # it would be skipped again
+            print(f"{repetition + 1}/{c.repetitions}  {name}: {describe(row)}", flush=True)
+    print(table(rows))
     return rows
 
 
-def apart(name: str, work: Work, options: argparse.Namespace, limit: float) -> dict:
-    if limit < LEAST_SECONDS:
-        return {"status": "skipped", "why": f"{options.budget:.0f} s for all are over"}
-    with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder) / "row.json", Path(folder) / "log"
-        arguments = ["--size", work.size, "--batch-size", work.B, "--seq-len", work.T, "--precision", work.precision]
-        arguments += ["--device", work.device, "--steps", options.steps, "--warmup", options.warmup]
-        arguments += ["--seconds", options.seconds, "--only", name, out]
-        result = harness.run_apart("benchmarks.peers", *arguments, limit=limit, log=log)
-        return json.loads(out.read_text()) | {"seconds": result["seconds"]} if out.exists() else result
-
-
 def table(rows: Sequence[dict]) -> str:
-    """For people: medians over the repetitions; ratios are to the best opponent that ran."""
+    """Return medians over the repetitions as a table; ratios are to the fastest opponent that ran."""
     by_name: dict[str, list[dict]] = {}
     for row in rows:
         by_name.setdefault(row["name"], []).append(row)
@@ -240,50 +267,8 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
-    p.add_argument("--size", choices=SIZES, default="gpt2")
-    p.add_argument("--batch-size", type=int, help="sequences, B: 64 on CUDA, 8 for nano, else 4")
-    p.add_argument("--seq-len", type=int, help="tokens in a sequence, T: 1024 on CUDA, 128 for nano, else 256")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--peers", nargs="+", choices=ALL, metavar="NAME", help=f"of {', '.join(ALL)}")
-    p.add_argument("--repetitions", type=int, default=3, help="turns of all peers")
-    p.add_argument("--steps", type=int, default=20, help="timed steps of a turn, at most")
-    p.add_argument("--warmup", type=int, default=5, help="steps before, at least 3")
-    p.add_argument("--seconds", type=float, default=10.0, help="timed seconds of a turn, at most, but 3 steps")
-    p.add_argument("--limit", type=float, default=300.0, help="seconds for a process, start and compiling included")
-    p.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything")
-    p.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
-    p.add_argument("--file", type=Path, help="append the rows to this file instead")
-    p.add_argument("--only", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)  # what a process gets
-    return p
-
-
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args(argv)
-    device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
-    cuda, nano = device.type == "cuda", options.size == "nano"
-    B = options.batch_size or (64 if cuda else 8 if nano else 4)
-    T = options.seq_len or min(SIZES[options.size].block_size, 1024 if cuda else 256)
-    work = Work(options.size, B, T, precision, str(device))
-    for name in ("repetitions", "steps", "warmup", "seconds", "limit", "budget"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name} is {getattr(options, name)}: it must be more than 0")
-    if B < 1 or T < 1:
-        raise UserError(f"--batch-size {B} and --seq-len {T} must be at least 1")
-    if options.only:
-        name, out = options.only
-        row = measure(ALL[name], work, device, options.warmup, options.steps, options.seconds)
-        Path(out).write_text(json.dumps(row))
-        return 0
-    names = options.peers or [name for name, peer in ALL.items() if cuda or refusal(peer, device) is None]
-    path = options.file or harness.results_file("peers", options.out)
-    print(f"{work.size}, B {B}, T {T}, {precision}, on {device_name(device)}; rows in {path}")
-    rows = run_all(names, work, options, path)
-    print(table(rows))
-    return 0 if all(row["status"] in ("ok", "skipped") for row in rows) else 1
+    return harness.exit_code(compare(flags.parse(PeersConfig, argv, "benchmarks.peers")))
 
 
 if __name__ == "__main__":

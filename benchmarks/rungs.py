@@ -1,10 +1,10 @@
-"""The rungs of the ladder: what a training step is made of, from plain PyTorch in fp32 to everything of ours.
+"""The rungs of the ladder: the settings of a training step, from plain PyTorch in fp32 to all of our kernels.
 
-climb    each is the one before plus one thing: fp32, allocator settings (a CPU only), TF32 (CUDA only), bf16
-         autocast, torch.compile, fused AdamW, our kernels
-options  of ours, on top of our kernels: each alone (+name), all, all but one (all_but_name)
-more     all of them and one thing that is not always faster: a CUDA graph, visible ops, activation checkpointing
-swaps    torch's best with a single op of ours
+climb    each adds one thing to the one before: fp32, allocator settings (CPU only), TF32 (CUDA only), bf16 autocast,
+         torch.compile, fused AdamW, our kernels
+options  our own, on top of our kernels: each alone (+name), all, all but one (all_but_name)
+more     all of them and one thing that is not always faster: a CUDA graph, activation checkpointing
+swaps    torch's fastest rung with one op of ours
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import floor
+from benchmarks import step_parts
 from gpt2fast import ops
 from gpt2fast.machine.device import Precision, keep_freed_memory, set_tf32
 from gpt2fast.model import GPT, SIZES, Residual
@@ -31,13 +31,12 @@ class Rung:
     compile: bool = False
     fused: bool = False
     backend: Implementation = "torch"
-    swapped: str = ""  # the one op that is triton's, whatever the backend
-    embedding: Implementation | None = None  # None: as the backend
+    swapped: str = ""  # the one op that is triton's, whatever the backend is
+    embedding: Implementation | None = None  # None: the backend's
     mlp: Implementation | None = None
     residual: Residual = "fp32"
     optimizer: str = "torch"
     cuda_graph: bool = False
-    visible: bool = False  # benchmarks/visible.py
     recompute: bool = False
 
     @property
@@ -46,10 +45,10 @@ class Rung:
         return OpsConfig(**{op: name for op, name in named.items() if name}).with_backend(self.backend)
 
     @property
-    def counted(self) -> floor.Options:
-        """What of it changes the work, for the floor's table."""
+    def counted(self) -> step_parts.Options:
+        """The settings that change the work, for the floor's table."""
         ops = self.ops
-        return floor.Options(
+        return step_parts.Options(
             residual=self.residual == "low", epilogue=ops.mlp == "epilogue", embedding=ops.embedding == "triton",
             adamw=self.optimizer == "triton", recompute=self.recompute,
         )  # fmt: skip
@@ -63,7 +62,7 @@ COMPILE = replace(BF16, name="compile", compile=True)
 FUSED = replace(COMPILE, name="fused", fused=True)
 TRITON = replace(FUSED, name="triton", backend="triton", embedding="torch")
 CLIMB = {rung.name: rung for rung in (FP32, ALLOCATOR, TF32, BF16, COMPILE, FUSED, TRITON)}
-OPTIONS: dict[str, dict[str, Any]] = {  # of ours: a new one is a line
+OPTIONS: dict[str, dict[str, Any]] = {  # our own: a new one is a line
     "embedding": {"embedding": "triton"},
     "residual": {"residual": "low"},
     "epilogue": {"mlp": "epilogue"},
@@ -72,7 +71,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of ours: a new one is a line
 ALL = replace(TRITON, name="all", **{field: value for change in OPTIONS.values() for field, value in change.items()})
 MORE = {
     "graph": replace(ALL, name="graph", cuda_graph=True),
-    "visible": replace(ALL, name="visible", visible=True),
     "recompute": replace(ALL, name="recompute", recompute=True),
 }
 ADDED = {f"+{name}": replace(TRITON, name=f"+{name}", **change) for name, change in OPTIONS.items()}
@@ -85,25 +83,21 @@ RUNGS = CLIMB | {"all": ALL} | MORE | ADDED | WITHOUT | SWAPS
 
 
 def refusal(rung: Rung, device: torch.device) -> str | None:
-    """Why this rung makes no sense on this device."""
+    """Return why this rung cannot be measured on this device, or None."""
     if rung.name == "tf32" and device.type != "cuda":
         return f"{device.type} has no TF32"
     if rung.name == "allocator" and device.type != "cpu":
-        return f"what is computed on {device.type} does not use the C library's allocator"
+        return f"computation on {device.type} does not use the C library's allocator"
     if rung.cuda_graph and device.type != "cuda":
         return f"{device.type} has no CUDA graphs"
     if ops.interpreted(rung.ops, rung.optimizer):
-        return "the speed of Triton's interpreter says nothing: unset TRITON_INTERPRET"
+        return "times of Triton's interpreter mean nothing: unset TRITON_INTERPRET"
     return None
 
 
 def training_step(rung: Rung, size: str, T: int, device: torch.device) -> TrainingStep:
-    """What this rung trains with; UserError on what this device cannot do. `visible` is for the rest of the process."""
+    """Return the step that this rung trains with. Raise UserError if this device cannot run it."""
     chosen = ops.build(rung.ops, device.type)
-    if rung.visible:
-        from benchmarks.visible import make_visible  # imports Triton
-
-        make_visible()
     if rung.allocator and device.type == "cpu":
         keep_freed_memory()
     config = replace(SIZES[size], block_size=max(T, SIZES[size].block_size))

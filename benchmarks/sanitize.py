@@ -1,30 +1,41 @@
-"""Our kernels, forward and backward at small shapes, under NVIDIA's compute-sanitizer: `python -m benchmarks.sanitize`.
+"""Run our kernels at small shapes under NVIDIA's compute-sanitizer: `python -m benchmarks.sanitize`.
 
-memcheck finds reads and writes outside of what was allocated (torch's caching allocator would hide them: it is off),
-racecheck threads of a block that touch shared memory in no order. Neither the interpreter nor the compiler can tell.
+memcheck finds reads and writes outside of allocated memory (torch's caching allocator, which would hide them, is off);
+racecheck finds threads of a block that access shared memory in no defined order. Neither the interpreter nor the
+compiler can find these.
 """
 
-import argparse
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import flags, harness
 from gpt2fast.command import run_main
-from gpt2fast.errors import UserError
+from gpt2fast.errors import UserError, check_at_least
 
 TOOLS = ("memcheck", "racecheck")
+WORK = "from benchmarks.sanitize import work; work()"  # the program that a tool watches
 FOUND = 9  # the exit code for "something was found"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SanitizeConfig:
+    """Run our kernels at small shapes under NVIDIA's compute-sanitizer."""
+
+    limit: float = 600.0
+    """Seconds for both tools."""
+
+
 def work() -> None:
-    """Odd shapes, so that every mask is used: tiles in part, D padded, padding in the vocabulary."""
+    """Run each kernel forward and backward at odd shapes, so that every mask is used: part tiles, padded D and V."""
     from gpt2fast import kernels
 
     def n(*shape: int) -> torch.Tensor:
@@ -50,7 +61,7 @@ def work() -> None:
 
 
 def check_all(limit: float, folder: Path) -> list[dict]:
-    """A row for each tool: {"tool", "status": "ok", "failed" or "timeout", "seconds", "tail"}; logs in `folder`."""
+    """Return a row for each tool: {"tool", "status": "ok", "failed" or "timeout", "tail"}; logs go to `folder`."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return [{"tool": tool, "status": "failed", "why": "compute-sanitizer is not on the PATH"} for tool in TOOLS]
@@ -62,8 +73,8 @@ def check_all(limit: float, folder: Path) -> list[dict]:
         with log.open("w") as output:
             try:
                 done = subprocess.run(
-                    [*command, "-m", "benchmarks.sanitize", "--work"], stdout=output, stderr=subprocess.STDOUT,
-                    env=environment, timeout=limit / len(TOOLS),
+                    [*command, "-c", WORK], stdout=output, stderr=subprocess.STDOUT, env=environment,
+                    timeout=None if limit == math.inf else limit / len(TOOLS),
                 )  # fmt: skip
                 status = "ok" if done.returncode == 0 else "failed"
             except subprocess.TimeoutExpired:
@@ -73,21 +84,20 @@ def check_all(limit: float, folder: Path) -> list[dict]:
     return rows
 
 
-def main(argv: Sequence[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__.splitlines()[0])
-    p.add_argument("--limit", type=float, default=600.0, help="seconds for all tools")
-    p.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # what a tool watches
-    options = p.parse_args(argv)
+def run(c: SanitizeConfig) -> list[dict]:
+    """Run both tools, and print and return their rows."""
     if not torch.cuda.is_available():
         raise UserError(f"benchmarks.sanitize needs a CUDA GPU, and torch {torch.__version__} sees none")
-    if options.work:
-        work()
-        return 0
+    check_at_least(c, limit=0)
     with tempfile.TemporaryDirectory() as folder:
-        rows = check_all(options.limit, Path(folder))
+        rows = check_all(c.limit, Path(folder))
     for row in rows:
         print(row["tool"], row["status"], row.get("why") or row.get("tail", ""))
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+    return rows
+
+
+def main(argv: Sequence[str]) -> int:
+    return harness.exit_code(run(flags.parse(SanitizeConfig, argv, "benchmarks.sanitize")))
 
 
 if __name__ == "__main__":

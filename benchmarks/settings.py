@@ -1,5 +1,7 @@
-"""What benchmarks.tune tries: for each function of gpt2fast.kernels.launch whose result is a guess, other results, and
-the op whose kernel is launched by it."""
+"""The launch settings that benchmarks.tune tries.
+
+For each function of gpt2fast.kernels.launch whose result is a guess: other results, and the op that it launches.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,11 @@ class PerProcessor(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """`values` are what `name` of launch might be, or return where its arguments are those of `when`."""
+    """`values` are what `name` in launch might be, or might return where its arguments include those of `when`."""
 
     name: str
-    op: str  # of `cases`
-    direction: str  # forward, backward or both: what is timed
+    op: str  # a name in `cases`
+    direction: str  # which is timed: forward, backward or both
     values: Sequence
     when: dict = field(default_factory=dict)
 
@@ -35,7 +37,7 @@ class Kernel:
 
 
 def tunables(size: str = "gpt2") -> dict[str, Kernel]:
-    """Those that matter most first."""
+    """Return {title: kernel}, those that matter most first."""
     from gpt2fast.kernels.launch import Chunk, MatmulTiles, Rows, Tiles
 
     def tiles(*options: Sequence[int]) -> list[Tiles]:
@@ -77,7 +79,7 @@ def tunables(size: str = "gpt2") -> dict[str, Kernel]:
 
 
 def cases(tokens: int, T: int, size: str, device: torch.device) -> dict[str, kernels.Case]:
-    """What each op computes: those of benchmarks.kernels, and what is measured nowhere else."""
+    """Return {op: case}: those of benchmarks.kernels, and three that only this measures."""
     found = {case.op: case for case in kernels.cases([size], tokens, [T], device)}
     C, layers = kernels.SIZES[size].n_embd, kernels.SIZES[size].n_layer
     normal, full = kernels.normal, partial(torch.randn, dtype=torch.float32)
@@ -99,7 +101,7 @@ def cases(tokens: int, T: int, size: str, device: torch.device) -> dict[str, ker
 
 
 def ready(kernel: Kernel, case: kernels.Case, device: torch.device) -> tuple[list[Tensor], Callable]:
-    """The results of the op as it is launched now, and what is to be timed."""
+    """Return the results of the op as it is launched now, and the call that is to be timed."""
     from gpt2fast import kernels as ours
     from gpt2fast.kernels import epilogue
 
@@ -119,8 +121,8 @@ def ready(kernel: Kernel, case: kernels.Case, device: torch.device) -> tuple[lis
 
 
 def ready_adamw(g: Tensor, w: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor], Callable]:
-    """Norm and update of one parameter as large as the blocks, with its copy; m, v, w are updated in place."""
-    from gpt2fast.kernels.adamw import ParameterTable, adamw_, gradient_norm
+    """The same for norm and update of one parameter as large as the blocks, with its copy; m, v, w change in place."""
+    from gpt2fast.kernels import ParameterTable, adamw_, gradient_norm
 
     table, copy, one = ParameterTable(g.device), g.clone(), torch.ones((), device=g.device)
     step = torch.zeros_like(one)
@@ -130,6 +132,6 @@ def ready_adamw(g: Tensor, w: Tensor, m: Tensor, v: Tensor) -> tuple[list[Tensor
     def call() -> list[Tensor]:
         norm = gradient_norm(table)
         adamw_(table, one)
-        return [norm, w, m, v, copy, step, g]  # all of which must live as long as the table has their addresses
+        return [norm, w, m, v, copy, step, g]  # which must live as long as the table has their addresses
 
     return [x.clone() for x in call()], call

@@ -1,4 +1,4 @@
-"""One training step's device time by group of kernels, from torch.profiler, beside the floor (benchmarks/floor.py)."""
+"""Profile a training step with torch.profiler: device time by group of kernels, beside benchmarks/floor.py's floor."""
 
 import re
 import time
@@ -14,7 +14,7 @@ from gpt2fast.errors import UserError
 from gpt2fast.machine.device import synchronize
 
 STEPS = 3
-# The first pattern that fits a kernel's name decides. Names of cuBLAS, cuDNN, CUTLASS, ATen, Inductor, and our own.
+# The first pattern that a kernel's name matches decides. Names: cuBLAS, cuDNN, CUTLASS, ATen, Inductor, our own.
 GROUPS = {
     "attention": r"flash|fmha|sdpa|attention",
     "matmul": r"gemm|nvjet|splitk|triton_tem|cutlass|xmma|cublas|matmul|^_linear_|linear_kernel"
@@ -30,12 +30,13 @@ GROUPS = {
 
 
 def group_of(kernel: str) -> str:
+    """Return the group of a kernel's name, or "other"."""
     name = kernel.lower()
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), "other")
 
 
 def measure(rung: Rung, size: str, B: int, T: int, device: torch.device, steps: int = STEPS) -> dict:
-    """Profile `steps` training steps of this rung. On the CPU (for tests) ops take the place of kernels."""
+    """Profile `steps` training steps of this rung. On a CPU (for tests) ops take the place of kernels."""
     common = {"backend": rung.backend, "rung": rung.name, "size": size, "B": B, "T": T, "compile": rung.compile}
     try:
         if why := refusal(rung, device):
@@ -68,7 +69,7 @@ def measure(rung: Rung, size: str, B: int, T: int, device: torch.device, steps: 
 
 
 def kernel_times(profiler: torch.profiler.profile, device: torch.device) -> dict[str, float]:
-    """Milliseconds by kernel name. Annotations that span kernels are left out, so nothing counts twice."""
+    """Return milliseconds by kernel name. Annotations that span kernels are left out, so nothing counts twice."""
     if device.type != "cuda":
         return {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
     times: dict[str, float] = {}
@@ -79,7 +80,7 @@ def kernel_times(profiler: torch.profiler.profile, device: torch.device) -> dict
 
 
 def by_group(kernels: dict[str, float], top: int = 25) -> dict:
-    """{"device_ms": sum, "groups": {group: ms}, "kernels": the longest}, from ms a step by kernel name."""
+    """Return {"device_ms": sum, "groups": {group: ms}, "kernels": the longest}, from milliseconds by kernel name."""
     groups: dict[str, float] = {}
     for name, ms in kernels.items():
         groups[group_of(name)] = groups.get(group_of(name), 0.0) + ms
@@ -92,7 +93,7 @@ def by_group(kernels: dict[str, float], top: int = 25) -> dict:
 
 
 def table(row: dict, ceilings: floor.Ceilings) -> str:
-    """With what an ideal step, and this one, would take at these ceilings."""
+    """Return the row as a table, beside the times that an ideal step and this one would take at these ceilings."""
     if "groups" not in row:
         return f"profile of {row['rung']}: {row['status']}: {row['why']}"
     lines = [f"one step of {row['size']}, {row['rung']}, B {row['B']}, T {row['T']}: {row['wall_ms']:.1f} ms\n"]

@@ -1,10 +1,10 @@
-"""GPT-2's training step as others write it: what ours is compared with. Only benchmarks.peers uses this.
+"""GPT-2 as others write it, for benchmarks.peers and benchmarks.generate to compare ours with.
 
-`Textbook` is plain PyTorch in the shape that everybody writes since nanoGPT (github.com/karpathy/nanoGPT): nn.Linear
-and nn.LayerNorm, q, k and v split and transposed for scaled_dot_product_attention, all logits at once in fp32 for
-F.cross_entropy. Nothing in it is slower than there; like there, the vocabulary is padded to a multiple of 64 (our
-padding's logits count as minus infinity, there they are learned: at the start, when rows of weights are zero, the loss
-is larger by 47 / 50257).
+`Textbook` is plain PyTorch in the form that nanoGPT (github.com/karpathy/nanoGPT) made common: nn.Linear and
+nn.LayerNorm, q, k and v split and transposed for scaled_dot_product_attention, all logits at once in fp32 for
+F.cross_entropy. Nothing in it is slower than in nanoGPT. As there, the vocabulary is padded to a multiple of 64, and
+the padding's logits are learned (ours count as minus infinity): at the start, when rows of weights are zero, the loss
+is larger by 47 / 50257.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gpt2fast.model import GPT, GPTConfig
 
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # in transformers: its Conv1D is (in, out)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # in transformers, whose Conv1D is (in, out)
 
 
 class Attention(nn.Module):
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Textbook(nn.Module):
-    """(tokens, targets) -> the mean loss. Parameters are named as ours are, plus the tied lm_head."""
+    """A model (tokens, targets) -> mean loss. Parameters have our names, plus the tied lm_head."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -76,14 +76,14 @@ class Textbook(nn.Module):
 
 
 def textbook(ours: GPT) -> Textbook:
-    """With our weights."""
+    """Return the textbook's model with our weights."""
     model = Textbook(ours.config)
     model.load_state_dict(_weights(ours) | {"lm_head.weight": ours.wte.weight})
     return model
 
 
 class HuggingFace(nn.Module):
-    """transformers' GPT2LMHeadModel: (tokens, targets) -> the mean loss. With SDPA, and the padded vocabulary."""
+    """transformers' GPT2LMHeadModel as (tokens, targets) -> mean loss, with SDPA and the padded vocabulary."""
 
     def __init__(self, config: GPTConfig, cache: bool = False):
         super().__init__()
@@ -102,7 +102,7 @@ class HuggingFace(nn.Module):
 
 
 def hugging_face(ours: GPT, cache: bool = False) -> HuggingFace:
-    """With our weights; `cache` is that of keys and values, for generating."""
+    """Return transformers' model with our weights; `cache` turns on its cache of keys and values, for generating."""
     theirs = HuggingFace(ours.config, cache)
     names = {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in _weights(ours).items()}
     theirs.model.load_state_dict(names | {"lm_head.weight": ours.wte.weight})
@@ -110,7 +110,7 @@ def hugging_face(ours: GPT, cache: bool = False) -> HuggingFace:
 
 
 def liger(ours: GPT) -> nn.Module:
-    """transformers' GPT-2 with Liger's LayerNorm and its linear + cross-entropy. Liger patches no GPT-2 by itself."""
+    """Return transformers' GPT-2 with Liger's LayerNorm and linear + cross-entropy: Liger does not patch GPT-2."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
 
     theirs = hugging_face(ours)

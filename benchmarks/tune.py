@@ -1,18 +1,15 @@
-"""Launch settings against others: `python -m benchmarks.tune [--kernel NAME ...]`.
+"""Try other launch settings: `python -m benchmarks.tune [--kernel NAME ...]`.
 
 gpt2fast.kernels.launch holds pure functions of shape, dtype and device, argued from bytes and registers. Here each is
-replaced by one that returns something else, its kernel's results are judged against fp32 arithmetic as in
-benchmarks/kernels.py (at most twice as wrong as with the setting that stands), and what is right is timed, L2 flushed,
-at GPT-2 124M's shapes. The last lines say what of launch.py would change.
+replaced by one that returns something else. The kernel's results are judged against fp32 arithmetic as in
+benchmarks/kernels.py (an error at most twice that with the current setting), and what is right is timed, L2 flushed, at
+GPT-2 124M's shapes. The last lines say which lines of launch.py would change.
 
-Most of the time is compiling. So first several processes run each candidate once, on few tokens, which leaves it in
-Triton's cache on the disk; what does not compile, crashes or hangs there is not tried here.
+Most of the time goes into compiling. So several processes first run each candidate once, on few tokens, which leaves it
+in Triton's cache on the disk; a candidate that does not compile, crashes or hangs there is not tried here.
 """
 
-import argparse
 import inspect
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,21 +21,53 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import harness, kernels
+from benchmarks import flags, harness, kernels
 from benchmarks.settings import Kernel, PerProcessor, cases, ready, tunables
+from gpt2fast import measure
 from gpt2fast.command import run_main
-from gpt2fast.errors import UserError
+from gpt2fast.errors import UserError, check_at_least
+from gpt2fast.errors import describe as describe_error
 from gpt2fast.machine import versions
 from gpt2fast.machine.device import device_name
 
 UNUSED = "not used at this shape on this device"
-MATTERS = 0.99  # of the time with the setting that stands: less is worth a change
+MATTERS = 0.99  # a time below this share of the current setting's is worth a change
 COMPILE_TOKENS, COMPILE_SECONDS = 8192, 150.0
-JOBS = 12  # processes that compile: each holds what 8192 tokens need, 2 GB at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Try other launch settings."""
+
+    kernel: tuple[str, ...] = ()
+    """Functions of launch, or ops whose kernels are meant. None named: all."""
+    size: flags.Size = "gpt2"
+    """Model whose shapes are taken."""
+    tokens: int = 65536
+    """Rows, and B * T of attention."""
+    seq_len: int = 1024
+    """T of attention."""
+    budget: float = 500.0
+    """Seconds; no setting is timed after them."""
+    jobs: int = 12
+    """Processes that compile beforehand, each with up to 2 GB on the device; 0: none."""
+    file: Path | None = None
+    """Append the rows to this file instead of a new one among the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a process that compiles gets: kernels and their settings, and the file for its rows."""
+
+    wanted: tuple[tuple[str, str], ...]
+    out: Path
+    size: str
+    seq_len: int
+    device: str = "cuda"
 
 
 def replaced(kernel: Kernel, value: object, seen: list) -> object:
-    """What takes the place of `kernel.name` in launch. value None: what stands there, and `seen` gets what that is."""
+    """Return what replaces `kernel.name` in launch; value None keeps the current one, which is appended to `seen`."""
     from gpt2fast.kernels import launch
 
     original = getattr(launch, kernel.name)
@@ -71,7 +100,7 @@ class Tried:
 def attempt(
     kernel: Kernel, case: kernels.Case, value: object, device: torch.device, check: Callable[[list[Tensor]], str]
 ) -> Tried:
-    """One setting: its row, and what the kernel computed with it. `check` says what is wrong with results, or "ok"."""
+    """Try one setting: return its row and the kernel's results. `check` says what is wrong with these, or "ok"."""
     from gpt2fast.kernels import launch
 
     seen: list = []
@@ -85,16 +114,16 @@ def attempt(
                 row["ms"] = kernels.time_ms(call, device)["median"]
             return Tried(row, results)
         except Exception as error:  # whatever it is, the other settings are worth having
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            return Tried(row | {"settings": repr(value), "status": why}, [])
+            return Tried(row | {"settings": repr(value), "status": describe_error(error)}, [])
 
 
 def judge(truth: list[Tensor], allowed: list[float], results: list[Tensor]) -> str:
-    return kernels.verdict(kernels.errors(results, truth), allowed)
+    """Return "ok", or what is wrong with these results; `allowed` are the current setting's errors."""
+    return kernels.verdict(results, measure.errors(results, truth), allowed, "the current setting's")
 
 
 def tune(kernel: Kernel, case: kernels.Case, bad: dict, device: torch.device, end: float) -> Iterator[dict]:
-    """A row for each setting, that which stands first. `bad`: what was found to fail, and why."""
+    """Yield a row for each setting, the current one first. `bad`: settings that are known to fail, and why."""
     standing = attempt(kernel, case, None, device, lambda results: "ok")
     yield standing.row
     if standing.row["status"] != "ok":
@@ -103,7 +132,7 @@ def tune(kernel: Kernel, case: kernels.Case, bad: dict, device: torch.device, en
     if case.fn is not None:
         torch.manual_seed(0)
         truth = kernels.once(case.fn, [x.float() for x in case.inputs(device)], case.others, backward=True)
-        allowed = kernels.errors(standing.results, truth)
+        allowed = measure.errors(standing.results, truth)
     for value in kernel.values:
         if repr(value) == standing.row["settings"]:
             continue
@@ -116,13 +145,14 @@ def tune(kernel: Kernel, case: kernels.Case, bad: dict, device: torch.device, en
 
 
 def describe(row: dict) -> str:
+    """Return a line of the table."""
     mark = "  the default" * row["default"] + "  the best" * bool(row.get("best"))
     ms = f"{row['ms']:9.4f} ms{mark}" if row["status"] == "ok" else row["status"][:100]
     return f"{row['kernel']:<34}{row['settings']:<62}{ms}"
 
 
 def changes(rows: Sequence[dict]) -> list[str]:
-    """The lines of launch.py that would change, one for each kernel whose best is faster by more than noise."""
+    """Return the lines of launch.py that would change: kernels whose best setting is faster by more than noise."""
     from gpt2fast.kernels import launch
 
     lines = Path(launch.__file__).read_text().splitlines()
@@ -138,92 +168,62 @@ def changes(rows: Sequence[dict]) -> list[str]:
     return found
 
 
-def compile_all(chosen: Sequence[Kernel], options: argparse.Namespace) -> dict[tuple[str, str], str]:
-    """Run each setting once, elsewhere. {(kernel, settings): why} of those that failed."""
+def compile_all(chosen: Sequence[Kernel], c: TuneConfig) -> dict[tuple[str, str], str]:
+    """Run each setting once, in c.jobs processes, and return {(kernel, settings): why} of those that failed."""
     wanted = [(kernel.title, repr(value)) for kernel in chosen for value in kernel.values]
-    shares = [wanted[i :: options.jobs] for i in range(options.jobs)]
-    end = time.monotonic() + min(COMPILE_SECONDS, options.budget / 2)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda i: compile_share(shares[i], options, end, Path(folder) / str(i)), range(options.jobs))
-        return {key: why for part in found for key, why in part.items()}
+    end = time.monotonic() + min(COMPILE_SECONDS, c.budget / 2)
+
+    def share(i: int) -> list[tuple[tuple[str, str], dict]]:  # what no process came to compiles when it is timed
+        def job(left: Sequence[tuple[str, str]], out: Path) -> Job:
+            return Job(wanted=tuple(left), out=out, size=c.size, seq_len=c.seq_len)
+
+        return list(harness.work_through(compile_here, wanted[i :: c.jobs], job, end=end))
+
+    with ThreadPoolExecutor(c.jobs) as pool:
+        found = [each for part in pool.map(share, range(c.jobs)) for each in part]
+    died = {"failed", "timeout"}
+    return {
+        key: f"the process that tried it: {row['status']}" if row["status"] in died else row["status"]
+        for key, row in found
+        if row["status"] != "ok"
+    }
 
 
-def compile_share(
-    share: list[tuple[str, str]], options: argparse.Namespace, end: float, folder: Path
-) -> dict[tuple[str, str], str]:
-    """In a process, and in another one where that was the end of it: whatever it was at is what failed."""
-    folder.mkdir()
-    bad: dict[tuple[str, str], str] = {}
-    left, out = list(share), folder / "done.jsonl"
-    while left:
-        out.write_text("")
-        (folder / "left.json").write_text(json.dumps(left))
-        arguments = ["--size", options.size, "--seq-len", options.seq_len, "--compile", folder / "left.json", out]
-        row = harness.run_apart("benchmarks.tune", *arguments, limit=end - time.monotonic(), log=folder / "log")
-        done = [json.loads(line) for line in out.read_text().splitlines()]
-        bad |= {(one["kernel"], one["settings"]): one["status"] for one in done if one["status"] != "ok"}
-        left = left[len(done) :]
-        if left and time.monotonic() < end:
-            bad[left.pop(0)] = f"the process that tried it: {row['status']}"
-        elif left:
-            break  # these compile when they are timed
-    return bad
-
-
-def compile_here(wanted: Sequence[Sequence[str]], out: Path, device: torch.device, options: argparse.Namespace) -> None:
-    """What such a process does."""
-    found, known = tunables(options.size), cases(COMPILE_TOKENS, options.seq_len, options.size, device)
-    for title, settings in wanted:
+def compile_here(job: Job) -> None:
+    """Run each setting of a job once, and append a row for each."""
+    device = torch.device(job.device)
+    found, known = tunables(job.size), cases(COMPILE_TOKENS, job.seq_len, job.size, device)
+    for title, settings in job.wanted:
         kernel = found[title]
         value = next(value for value in kernel.values if repr(value) == settings)
         with mock.patch.object(kernels, "time_ms", lambda call, device: call() and {"median": 0.0}):
             row = attempt(kernel, known[kernel.op], value, device, lambda results: "ok").row
         torch.cuda.synchronize(device)
-        harness.append_row(out, row | {"kernel": title, "settings": settings})
+        harness.append_row(job.out, row | {"kernel": title, "settings": settings})
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--kernel", nargs="+", metavar="NAME", help="only these functions of launch, or kernels of these ops"
-    )
-    p.add_argument("--size", choices=kernels.SIZES, default="gpt2")
-    p.add_argument("--tokens", type=int, default=65536)
-    p.add_argument("--seq-len", type=int, default=1024, help="T of attention")
-    p.add_argument("--budget", type=float, default=500.0, help="seconds; no setting is timed after them")
-    p.add_argument("--jobs", type=int, default=JOBS, help="processes that compile beforehand; 0: none")
-    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
-    p.add_argument("--compile", nargs=2, type=Path, help=argparse.SUPPRESS)  # what such a process gets
-    return p
-
-
-def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args(argv)
+def run(c: TuneConfig) -> int:
+    """Tune the kernels that were asked for, and return 1 if the current setting of one does not run, else 0."""
     if not torch.cuda.is_available():
         raise UserError(f"benchmarks.tune needs a CUDA GPU, and torch {torch.__version__} sees none")
-    device = torch.device("cuda")
-    if options.compile:
-        wanted, out = options.compile
-        compile_here(json.loads(wanted.read_text()), out, device, options)
-        return 0
-    found = tunables(options.size)
-    wanted = options.kernel or []
-    if unknown := [name for name in wanted if not any(name in (k.name, k.op) for k in found.values())]:
+    check_at_least(c, tokens=1, seq_len=1, budget=0, jobs=0)
+    found = tunables(c.size)
+    if unknown := [name for name in c.kernel if not any(name in (k.name, k.op) for k in found.values())]:
         raise UserError(f"--kernel {unknown[0]}: there are {', '.join(sorted({k.name for k in found.values()}))}")
-    chosen = [k for k in found.values() if not wanted or {k.name, k.op} & set(wanted)]
-    return run(chosen, options, device)
+    chosen = [k for k in found.values() if not c.kernel or {k.name, k.op} & set(c.kernel)]
+    return tune_all(chosen, c, torch.device("cuda"))
 
 
-def run(chosen: Sequence[Kernel], options: argparse.Namespace, device: torch.device) -> int:
-    """Tune these kernels; 1 if some default does not run."""
-    path = options.file or harness.results_file("tune")
-    end = time.monotonic() + options.budget
+def tune_all(chosen: Sequence[Kernel], c: TuneConfig, device: torch.device) -> int:
+    """Tune these kernels, and return 1 if the current setting of one does not run, else 0."""
+    path = c.file or harness.results_file("tune")
+    end = time.monotonic() + c.budget
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # the truth is exact
     print(f"{device_name(device)}: {sum(len(k.values) for k in chosen)} settings; rows in {path}", flush=True)
-    bad = compile_all(chosen, options) if options.jobs else {}
+    bad = compile_all(chosen, c) if c.jobs else {}
     print(f"compiled; {len(bad)} fail", flush=True)
-    known, record, rows = cases(options.tokens, options.seq_len, options.size, device), versions.record(), []
+    known, record, rows = cases(c.tokens, c.seq_len, c.size, device), versions.record(), []
     for kernel in chosen:
         of = list(tune(kernel, known[kernel.op], bad, device, end))
         ran = [row for row in of if row["status"] == "ok"]
@@ -235,6 +235,10 @@ def run(chosen: Sequence[Kernel], options: argparse.Namespace, device: torch.dev
         rows += of
     print(*(changes(rows) or ["nothing in launch.py would change"]), sep="\n")
     return int(any(row["default"] and row["status"] not in ("ok", UNUSED) for row in rows))
+
+
+def main(argv: Sequence[str]) -> int:
+    return run(flags.parse(TuneConfig, argv, "benchmarks.tune"))
 
 
 if __name__ == "__main__":

@@ -201,15 +201,20 @@ def errors(got: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
 
 
 def verdict(
-    got: Sequence[Tensor], made: Sequence[Call], wrong: Sequence[float], allowed: Sequence[float], floor: float
+    got: Sequence[Tensor],
+    made: Sequence[Call],
+    wrong: Sequence[float],
+    allowed: Sequence[float],
+    floor: float,
+    whose: str = "torch's",
 ) -> str:
-    """What is wrong with results of these errors, "" if nothing is; `allowed` are torch's own."""
+    """What is wrong with results of these errors, "" if nothing is; `allowed` are the errors of `whose` results."""
     like = [x for call in made for x in (*call.cotangents, *call.leaves)]
     for i, (g, x, mine, theirs) in enumerate(zip(got, like, wrong, allowed)):
         if (g.shape, g.dtype) != (x.shape, x.dtype):
             return f"result {i} is {g.dtype} {tuple(g.shape)} and should be {x.dtype} {tuple(x.shape)}"
         if not mine <= TIMES_WORSE * theirs + floor:  # written so that NaN fails
-            return f"result {i} is wrong by {mine:.1e}, torch's by {theirs:.1e}"
+            return f"result {i} is wrong by {mine:.1e}, {whose} by {theirs:.1e}"
     return ""
 
 

@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 
-from benchmarks import aot, report
+from benchmarks import aot, harness, report
+from gpt2fast.errors import UserError
 
 ROWS = [json.loads(line) for line in (aot.harness.RESULTS / "aot.jsonl").read_text().splitlines()]
 VERSIONS = sorted({row["triton"] for row in ROWS})
@@ -13,6 +15,7 @@ GOOD = {
     "arch": 90, "spilled": 0, "shared": 200 << 10, "plain_dots": 0, "tensor_cores": True, "kernel": "_toy_kernel",
     "case": "toy", "instructions": dict.fromkeys(aot.TENSOR_CORES, 1),
 }  # fmt: skip
+SHAPE = {"num_warps": 4, "num_stages": 3, "triton": aot.triton.__version__}
 
 
 @pytest.mark.parametrize(
@@ -51,15 +54,6 @@ def test_the_results_show_the_table_that_the_rows_give():
     assert report.fill(page, "aot", report.aot_table(ROWS)) == page
 
 
-def test_the_table_holds_every_kernel():
-    kernels = {
-        name
-        for path in (aot.harness.ROOT / "kernels").glob("*.py")
-        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
-    }
-    assert {row["kernel"] for row in ROWS} == kernels - {"_square_kernel", "_loop_kernel"}  # the interpreter's probes
-
-
 def test_attention_uses_each_architectures_tensor_cores():
     units = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
     rows = [row for row in ROWS if row["case"] == "124M attention bf16"]
@@ -77,13 +71,39 @@ def test_what_this_triton_makes_of_the_kernels_as_they_are_now(run_module, tmp_p
     assert covered(rows) == {(case, arch) for case in cases for arch in architectures}
 
 
-def test_an_interpreted_process_is_told_that_it_cannot_compile(run_module):
-    done = run_module("benchmarks.aot", "--only", 90, "--case", "124M gelu", env={"TRITON_INTERPRET": "1"})
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it" in done.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_an_interpreted_process_is_told_that_it_cannot_compile(monkeypatch):
+    monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", True)
+    with (
+        pytest.raises(UserError, match="TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it"),
+        aot.compiling_for(90),
+    ):
+        pass
 
 
-def test_an_unknown_case_is_refused(run_module):
-    done = run_module("benchmarks.aot", "--case", "124M banana")
-    assert done.returncode == 2
-    assert "--case '124M banana': there are '124M attention bf16', " in done.stderr
+def test_what_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="--case '124M banana': there are '124M attention bf16', "):
+        aot.run(aot.AotConfig(case=("124M banana",)))
+    with pytest.raises(UserError, match="--arch 70: there are 80, 86, 89, 90, 100, 120"):
+        aot.run(aot.AotConfig(arch=(70,)))
+
+
+def test_a_compiler_that_dies_costs_one_case(monkeypatch, capsys, tmp_path):
+    """The process dies at the second of three cases; another one compiles the third."""
+    asked = []
+
+    def apart(function, job, *, limit, environment):
+        assert (function, environment) == (aot.compile_here, {"TRITON_INTERPRET": "0"})
+        asked.append(job.cases)
+        harness.append_row(job.out, {"rows": [GOOD | {"case": job.cases[0], "registers": 1, "ptx_mma": []} | SHAPE]})
+        return {"status": "failed", "tail": "Segmentation fault"} if len(job.cases) > 1 else {"status": "ok"}
+
+    monkeypatch.setattr(harness, "apart", apart)
+    monkeypatch.setattr(aot, "CASES", dict.fromkeys("abc"))
+    assert aot.run(aot.AotConfig(arch=(90,), out=tmp_path / "aot.jsonl")) == 1
+    assert asked == [("a", "b", "c"), ("c",)]
+    rows = [json.loads(line) for line in (tmp_path / "aot.jsonl").read_text().splitlines()]
+    assert {row["case"]: row.get("error") for row in rows} == {
+        "a": None, "b": "the process that compiled it failed: Segmentation fault", "c": None,
+    }  # fmt: skip
+    assert "FAULT: the process that compiled it failed" in capsys.readouterr().out

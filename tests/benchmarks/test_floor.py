@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks import floor, harness, step_profile
-from benchmarks.floor import ALL, Ceilings, Options, lines, parts
+from benchmarks.floor import Ceilings, FloorConfig, lines
+from benchmarks.step_parts import ALL, Options, parts
 from gpt2fast.errors import UserError
-from gpt2fast.kernels import launch
 from gpt2fast.model import SIZES
 
 H200 = Ceilings()
@@ -39,15 +40,6 @@ def test_the_floor_of_gpt2_on_an_h200():
 
 
 @pytest.mark.parametrize(
-    ("name", "gb"),
-    [("add + LayerNorm forward", 9.66), ("LayerNorm backward", 10.07), ("cross-entropy", 13.19), ("embedding", 0.81),
-     ("attention's delta", 2.42), ("AdamW", 3.73), ("gradient norm", 0.50)],
-)  # fmt: skip
-def test_what_must_be_moved(name, gb):
-    assert by_name(*SHAPE)[name].bytes == pytest.approx(gb * 1e9, abs=6e6)
-
-
-@pytest.mark.parametrize(
     ("name", "work"),
     [("qkv", 10.6), ("attention projection", 3.5), ("fc", 14.1), ("mlp projection", 14.1), ("head", 19.2)],
 )
@@ -72,36 +64,6 @@ def test_what_must_be_multiplied(name, work):
 def test_what_a_missing_option_costs(off, costs, claimed):
     without = ms(parts(*SHAPE, dataclasses.replace(ALL, **{off: False})), OURS) - ms(parts(*SHAPE, ALL), OURS)
     assert without == pytest.approx(costs, abs=max(0.02, 0.06 * costs)), claimed
-
-
-def test_recomputing_costs_a_forward_pass_of_the_blocks():
-    plain, again = by_name(*SHAPE), by_name(*SHAPE, ours=dataclasses.replace(ALL, recompute=True))
-    for name in ("qkv", "fc", "mlp projection", "attention projection"):
-        assert again[name].our_flops == pytest.approx(plain[name].our_flops * 4 / 3)
-    assert again["attention forward"].our_flops == 2 * plain["attention forward"].our_flops
-    assert again["head"] == plain["head"]
-    assert [part.flops for part in again.values()] == [part.flops for part in plain.values()]  # ideally nothing is
-
-
-def test_no_part_of_ours_multiplies_less_than_an_ideal_step():
-    assert all(part.our_flops >= part.flops for options in (ALL, NONE) for part in parts(*SHAPE, options))
-
-
-@pytest.mark.parametrize(("one_pass", "products"), [(True, 5), (False, 7)])
-def test_attention_multiplies_whole_tiles_on_the_diagonal(one_pass, products):
-    ours = dataclasses.replace(ALL, one_pass=one_pass)
-    for B, T in ((64, 1024), (4, 16384)):
-        backward = by_name(SIZES["gpt2"], B, T, ours=ours)["attention backward"]
-        assert backward.our_flops / backward.flops == pytest.approx(products / 5 * (1 + 128 / T))
-
-
-def test_what_is_copied_from_the_kernels_settings_is_what_they_say():
-    assert (floor.HEAD_BYTES, floor.HEAD_SHARE) == (launch.HEAD_BYTES, launch.HEAD_SHARE)
-
-
-def test_a_small_device_sums_the_heads_gradient_over_chunks():
-    name = "head's dw summed over chunks"
-    assert by_name(*SHAPE, memory=24e9)[name].our_bytes > 5 * by_name(*SHAPE, memory=150e9)[name].our_bytes
 
 
 def test_every_group_of_a_profile_has_something_to_try():
@@ -143,7 +105,7 @@ def test_a_profile_is_set_beside_the_floor_of_its_own_ceilings(tmp_path, capsys)
     path = tmp_path / "gpu.jsonl"
     for row in (*MEASURED, PROFILE):
         harness.append_row(path, row)
-    assert floor.main(["--profile", str(path)]) == 0
+    assert floor.run(FloorConfig(profile=path)) == 0
     said = capsys.readouterr().out
     assert said.startswith("ceilings: 700 TFLOP/s bf16, 4.00 TB/s\n")
     table = table_of(said)
@@ -159,14 +121,14 @@ def test_the_newest_profile_among_the_results_is_taken(tmp_path, capsys):
     for day, wall in ((20, 300.0), (21, 101.0)):
         for row in (*MEASURED, PROFILE | {"wall_ms": wall}):
             harness.append_row(folder / f"2026-11-{day}_aaaaaaa_gpu.jsonl", row)
-    floor.main([], tmp_path)
+    floor.run(FloorConfig(), tmp_path)
     assert table_of(capsys.readouterr().out)["step"][3] == "101.00"
-    floor.main(["--batch-size", "8"], tmp_path)  # of this shape there is none
+    floor.run(FloorConfig(batch_size=8), tmp_path)  # of this shape there is none
     assert "by count alone" in capsys.readouterr().out
 
 
 def test_without_a_profile_it_is_counted(tmp_path, capsys):
-    assert floor.main(["--parts", "--off", "epilogue"], tmp_path) == 0
+    assert floor.run(FloorConfig(parts=True, off=("epilogue",)), tmp_path) == 0
     said = capsys.readouterr().out
     assert "gpt2, B=64, T=1024, by count alone, no profile of a GPU: floor 76.4 ms = " in said
     assert re.search(r"^\| GELU backward +\| gelu +\| 0.00 +\| 3.37 +\|$", said, re.MULTILINE)
@@ -180,16 +142,19 @@ def test_ceilings_come_from_what_was_measured_in_the_same_run():
     assert floor.ceilings_of(MEASURED[:2]) is None
     kernel = {"suite": "kernels", "ceilings": {"gb_per_s": 3000.0, "tflops": 600.0}, "machine": {"gpu_memory": 80e9}}
     assert floor.ceilings_of([kernel]) == Ceilings(600.0, 3.0, 80e9)
-    assert floor.ceilings_of([{"suite": "scale", "limits": {}}]) is None
+    assert floor.ceilings_of([{"suite": "ladder"}]) is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [(["--tflops", "0"], "--tflops is 0.0: it must be more than 0"), (["--profile", "no"], "--profile no is no file")],
+    ("settings", "said"),
+    [
+        ({"tflops": 0.0}, "--tflops is 0.0: it must be at least 0.001"),
+        ({"profile": Path("no")}, "--profile no is not a file"),
+    ],
 )
-def test_nonsense_is_refused_in_one_line(arguments, said):
+def test_nonsense_is_refused_in_one_line(settings, said):
     with pytest.raises(UserError, match=said):
-        floor.main(arguments)
+        floor.run(FloorConfig(**settings))
 
 
 def test_markdown_is_aligned():

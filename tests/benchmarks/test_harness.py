@@ -1,14 +1,18 @@
 """Measurements: rows are whole, whatever crashes or hangs; what needs a GPU runs small on a CPU here."""
 
 import json
+import math
 import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import harness
+from gpt2fast.errors import UserError
 from tests.tools.clock import Clock
 from tests.tools.programs import HANG, until
 
@@ -96,3 +100,95 @@ def alive(pid):
             return False
         time.sleep(0.05)
     return True
+
+
+@dataclass(frozen=True)
+class Inner:
+    path: Path
+    limit: float = math.inf
+
+
+@dataclass(frozen=True)
+class Job:
+    do: str
+    inner: Inner
+    pairs: tuple[tuple[str, str], ...] = ()
+    file: Path | None = None
+
+
+def work(job: Job) -> dict | None:
+    if job.do == "fail":
+        raise UserError("the reason")
+    if job.do == "nothing":
+        return None
+    if job.do == "die at b":
+        for name, _ in job.pairs:
+            if name == "b":
+                sys.exit("b")
+            harness.append_row(job.file, {"name": name})
+        return None
+    return {"status": "ok", "job": repr(job)}
+
+
+JOB = Job("return", Inner(Path("a")), (("b", "c"), ("d", "e")))
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """In place of a process: what it would be started with, in this one."""
+
+    def run_apart(module, *args, limit, log, environment):
+        assert module == "benchmarks.harness"
+        try:
+            harness.main(list(map(str, args)))
+        except (UserError, SystemExit) as error:
+            return {"status": "failed", "seconds": 1.0, "tail": str(error)}
+        return {"status": "ok", "seconds": 1.0}
+
+    monkeypatch.setattr(harness, "run_apart", run_apart)
+
+
+def test_a_function_runs_in_a_process_with_its_settings(tmp_path):
+    row = harness.apart(work, JOB, limit=HANG, log=tmp_path / "log")
+    assert row.pop("seconds") > 0
+    assert row == {"status": "ok", "job": repr(JOB)}
+
+
+def test_the_row_is_that_of_the_function_or_says_how_the_process_ended(here):
+    assert harness.apart(work, JOB, limit=9) == {"status": "ok", "job": repr(JOB), "seconds": 1.0}
+    assert harness.apart(work, Job("nothing", JOB.inner), limit=9) == {"status": "ok", "seconds": 1.0}
+    failed = {"status": "failed", "seconds": 1.0, "tail": "the reason"}
+    assert harness.apart(work, Job("fail", JOB.inner), limit=9) == failed
+
+
+def test_each_job_has_its_row_and_those_without_time_say_so(here, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(harness, "time", clock)
+    jobs = [Job(do, JOB.inner) for do in ("nothing", "fail", "nothing")]
+    rows = []
+    for row in harness.each_apart(work, jobs[:2], limit=99, end=clock.now + 20):
+        rows.append(row["status"])
+    clock.sleep(6)  # less than SHORTEST is left
+    assert rows == ["ok", "failed"]
+    [row] = harness.each_apart(work, jobs[2:], limit=99, end=clock.now + 14)
+    assert row == {"status": "skipped", "why": "no time is left: raise --budget or --limit"}
+
+
+def test_a_list_is_worked_through_by_another_process_if_one_dies(here):
+    def job(left, file):
+        return Job("die at b", JOB.inner, tuple((name, "") for name in left), file)
+
+    rows = list(harness.work_through(work, ["a", "b", "c", "d"], job))
+    assert [(item, row.get("name"), row.get("status")) for item, row in rows] == [
+        ("a", "a", None), ("b", None, "failed"), ("c", "c", None), ("d", "d", None),
+    ]  # fmt: skip
+    assert list(harness.work_through(work, ["a"], job, end=0.0)) == []
+
+
+def test_a_function_of_the_program_itself_is_found_by_the_programs_name(monkeypatch):
+    """`python -m benchmarks.ladder` is the module __main__, which is another one in the process that it starts."""
+    spec = type("Spec", (), {"name": "benchmarks.ladder"})
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    function = type("F", (), {"__module__": "__main__"})
+    assert harness.module_of(function) == "benchmarks.ladder"
+    assert harness.module_of(work) == __name__

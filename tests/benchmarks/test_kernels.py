@@ -35,7 +35,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(kernels, "time_ms", lambda call, device: {"median": 2.0, "p20": 1.0, "p80": 3.0})
     rows = list(kernels.measure(case, CPU, {"gb_per_s": 1.0, "tflops": 1.0}))
     assert [row["provider"] for row in rows] == ["eager", "eager", "liar", "nan", "absent"]
-    assert "result 0 is wrong by 1.00e-01, eager torch by" in rows[2]["status"]
+    assert "result 0 is wrong by 1.0e-01, eager torch's by" in rows[2]["status"]
     assert "wrong by nan" in rows[3]["status"]
     assert "RuntimeError: not here" in rows[4]["status"]
     assert "not here" in kernels.describe(rows[4])

@@ -6,21 +6,23 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import harness, ladder, rungs
+from benchmarks.ladder import LadderConfig
 from gpt2fast.errors import UserError
 
 CPU = torch.device("cpu")
-TINY = ["--size", "nano", "--batch-size", "1", "--seq-len", "16", "--steps", "3", "--warmup", "3", "--device", "cpu"]
+TINY = LadderConfig(size="nano", batch_size=1, seq_len=16, steps=3, warmup=3, device="cpu")
 
 
 @pytest.mark.long
 def test_ladder_end_to_end(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    assert ladder.main([*TINY, "--rungs", "fp32", "tf32", "bf16", "triton", "--file", str(path)]) == 0
+    ladder.climb(replace(TINY, rungs=("fp32", "tf32", "bf16", "triton"), file=path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["rung"], row["status"]) for row in rows] == [
         ("fp32", "ok"), ("tf32", "skipped"), ("bf16", "ok"), ("triton", "skipped"),
@@ -48,17 +50,17 @@ def test_a_rung_that_crashes_costs_its_own_row_only(tmp_path, capsys, monkeypatc
             {"status": "timeout", "seconds": 9.0, "tail": "..."},
         ]
     )
-    monkeypatch.setattr(harness, "run_apart", lambda *args, **options: next(results))
+    monkeypatch.setattr(harness, "apart", lambda *args, **options: next(results))
     path = tmp_path / "rows.jsonl"
-    assert ladder.main([*TINY, "--rungs", "fp32", "bf16", "--file", str(path)]) == 1
+    rows = ladder.climb(replace(TINY, rungs=("fp32", "bf16"), file=path))
     assert [json.loads(line)["status"] for line in path.read_text().splitlines()] == ["failed", "timeout"]
+    assert harness.exit_code(rows) == 1
     assert "failed: CUDA out of memory" in capsys.readouterr().out
 
 
-def test_rungs_after_the_budget_are_skipped_aloud(tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    ladder.main([*TINY, "--rungs", "fp32", "--budget", "1", "--file", str(path)])
-    assert "1 s for all rungs are over" in capsys.readouterr().out
+def test_rungs_after_the_budget_are_skipped_with_a_reason(tmp_path, capsys):
+    ladder.climb(replace(TINY, rungs=("fp32",), budget=1.0, file=tmp_path / "rows.jsonl"))
+    assert "fp32: skipped: no time is left: raise --budget or --limit" in capsys.readouterr().out
 
 
 def test_losses_that_differ_are_told():
@@ -81,7 +83,7 @@ def test_rungs_that_compile_together_are_timed_one_by_one(tmp_path):
     inside, most = [], []
 
     def take(i):
-        with ladder.turn(tmp_path / "lock"):
+        with ladder.turn(str(tmp_path / "lock")):
             inside.append(i)
             most.append(len(inside))
             time.sleep(0.02)
@@ -115,20 +117,27 @@ def test_jobs_run_together_and_rows_keep_their_order(tmp_path, monkeypatch, caps
     """The first rung ends last; each is told where the lock is, and the rows are in the order that was asked for."""
     release, locks = threading.Event(), []
 
-    def apart(module, *arguments, limit, log):
-        name, out = arguments[arguments.index("--only") + 1 :][:2]
-        locks.append(arguments[arguments.index("--lock") + 1])
-        assert release.wait(20) if name == "fp32" else release.set() or True
-        out.write_text(json.dumps({"status": "skipped", "why": name}))
-        return {"status": "ok", "seconds": 1.0}
+    def apart(function, job, *, limit):
+        assert function is ladder.measure
+        locks.append(job.lock)
+        assert release.wait(20) if job.rung == "fp32" else release.set() or True
+        return {"status": "skipped", "why": job.rung}
 
-    monkeypatch.setattr(harness, "run_apart", apart)
-    path = tmp_path / "rows.jsonl"
-    assert ladder.main([*TINY, "--rungs", "fp32", "bf16", "--jobs", "2", "--file", str(path)]) == 0
-    assert [json.loads(line)["why"] for line in path.read_text().splitlines()] == ["fp32", "bf16"]
+    monkeypatch.setattr(harness, "apart", apart)
+    rows = ladder.climb(replace(TINY, rungs=("fp32", "bf16"), jobs=2, file=tmp_path / "rows.jsonl"))
+    assert [row["why"] for row in rows] == ["fp32", "bf16"]
     assert len(set(locks)) == 1
+    assert locks[0]
 
 
-def test_ladder_refuses_nonsense():
-    with pytest.raises(UserError, match="--steps is 0: it must be more than 0"):
-        ladder.main(["--steps", "0"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, "--steps is 0: it must be at least 1"),
+        ({"seconds": float("nan")}, "--seconds is nan: it must be at least 0"),
+        ({"rungs": ("fp33",)}, "--rungs fp33: there are fp32, allocator, "),
+    ],
+)
+def test_ladder_refuses_nonsense(settings, said):
+    with pytest.raises(UserError, match=said):
+        ladder.climb(replace(TINY, **settings))

@@ -1,13 +1,13 @@
 """The opponents do our work: the same losses, the same tokens. And their rows say what happened."""
 
-import argparse
 import json
 
 import pytest
 import torch
 
-from benchmarks import generate, peers
+from benchmarks import generate, harness, peers
 from gpt2fast import ops
+from gpt2fast.errors import UserError
 from gpt2fast.model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ def sizes(monkeypatch):
     monkeypatch.setitem(peers.SIZES, "tiny", MODEL)
 
 
-def measure(name: str) -> dict:
-    return peers.measure(peers.ALL[name], WORK, CPU, warmup=3, steps=3, seconds=0.01)
+def measure(name: str, work: peers.Work = WORK) -> dict:
+    return peers.measure(peers.Job(name=name, work=work, warmup=3, steps=3, seconds=0.01))
 
 
 def test_names_are_unique_and_say_whose_they_are():
@@ -63,7 +63,7 @@ def test_ours_have_the_stream_and_the_optimizer_that_training_takes(name, device
     monkeypatch.setattr(torch.nn.Identity, "to", lambda self, device: self)
     work = peers.Work("tiny", 2, 16, "bf16", device)
     with pytest.raises(Stop):
-        peers.measure(peers.ALL[name], work, torch.device(device), warmup=3, steps=3, seconds=0.01)
+        measure(name, work)
     assert (seen["residual"] == "low", seen["kernels"] == "kernels") == (low, ours)
 
 
@@ -106,16 +106,21 @@ def test_all_take_turns_and_the_table_has_medians(monkeypatch, tmp_path):
     speeds = {"textbook eager": [10, 30, 20], "torch eager": [60, 40, 50]}
     asked = []
 
-    def apart(name, work, options, limit):
-        asked.append(name)
-        if name == "liger eager":
+    def apart(function, job, *, limit):
+        assert (function, limit) == (peers.measure, 10.0 + harness.SHORTEST)
+        asked.append(job.name)
+        if job.name == "liger eager":
             return {"status": "skipped", "why": "no GPU"}
-        return row(speeds[name][len(asked) // 2 - 1], (5.0, 4.0, 3.2 if name == "torch eager" else 3.0))
+        losses = (5.0, 4.0, 3.2 if job.name == "torch eager" else 3.0)
+        return row(speeds[job.name][asked.count(job.name) - 1], losses)
 
-    monkeypatch.setattr(peers, "apart", apart)
-    options = argparse.Namespace(repetitions=3, budget=1e9, limit=10)
+    monkeypatch.setattr(harness, "apart", apart)
     names = ["liger eager", "textbook eager", "torch eager"]
-    rows = peers.run_all(names, WORK, options, tmp_path / "rows.jsonl")
+    rows = peers.compare(
+        peers.PeersConfig(
+            size="nano", device="cpu", peers=tuple(names), limit=10.0 + harness.SHORTEST, file=tmp_path / "rows.jsonl"
+        )
+    )
     assert asked == [*names, *names[1:], *names[1:]]  # what was refused once is not asked again
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     assert [r["repetition"] for r in rows] == [0, 0, 0, 1, 1, 2, 2]
@@ -128,13 +133,17 @@ def test_all_take_turns_and_the_table_has_medians(monkeypatch, tmp_path):
     assert "no GPU" in " ".join(lines["liger eager"])
 
 
-def test_bad_arguments_are_refused(run_module):
-    done = run_module("benchmarks.peers", "--repetitions", "0")
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("--repetitions is 0: it must be more than 0")
-    done = run_module("benchmarks.generate", "--size", "nano", "--prompt", "100", "--tokens", "100")
-    assert done.returncode == 2
-    assert "128 positions" in done.stderr
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"repetitions": 0}, "--repetitions is 0: it must be at least 1"),
+        ({"batch_size": 0}, "--batch-size is 0: it must be at least 1"),
+        ({"peers": ("liger",)}, "--peers 'liger': there are 'textbook eager', "),
+    ],
+)
+def test_bad_settings_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        peers.compare(peers.PeersConfig(**settings))
 
 
 @pytest.mark.long

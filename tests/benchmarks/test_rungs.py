@@ -2,12 +2,10 @@
 
 import dataclasses
 import itertools
-import sys
-from types import ModuleType
 
 import torch
 
-from benchmarks import floor, gpu, rungs
+from benchmarks import gpu_stages, rungs, step_parts
 
 CPU = torch.device("cpu")
 
@@ -30,14 +28,11 @@ def test_each_rung_adds_one_thing():
         assert len(changed(rungs.ALL, rung)) == 1
     assert len(changed(rungs.TRITON, rungs.ALL)) == len(rungs.OPTIONS) == 4
     assert {name for name, rung in rungs.RUNGS.items() if name != rung.name} == set()
-    assert set(gpu.RUNGS) <= set(rungs.RUNGS)
+    assert set(gpu_stages.RUNGS) <= set(rungs.RUNGS)
 
 
 def test_a_rung_trains_with_what_it_names(monkeypatch):
-    """The model, the optimizer and the step get the option, and `visible` is called first; nothing needs a GPU."""
-    visible = ModuleType("benchmarks.visible")
-    visible.make_visible = lambda: seen.append("visible")
-    monkeypatch.setitem(sys.modules, "benchmarks.visible", visible)
+    """The model, the optimizer and the step get the option; nothing needs a GPU."""
     monkeypatch.setattr(rungs, "GPT", lambda *args, **options: seen.append(options) or torch.nn.Linear(2, 2))
     monkeypatch.setattr(rungs.optim, "adamw", lambda *args, **options: seen.append(options))
     monkeypatch.setattr(rungs.ops, "build", lambda *args: None)
@@ -54,12 +49,11 @@ def test_a_rung_trains_with_what_it_names(monkeypatch):
         "triton": (("plain", True), [plain, ours | {"kernels": None}]),
         "all": (("plain", True), [low, ours]),
         "graph": (("graph", True), [low, ours]),
-        "visible": (("plain", True), ["visible", low, ours]),
         "recompute": (("plain", True), [low | {"recompute": True}, ours]),
     }
 
 
 def test_the_floor_is_told_what_a_rung_does():
-    assert rungs.RUNGS["all_but_epilogue"].counted == dataclasses.replace(floor.ALL, epilogue=False)
-    assert rungs.TRITON.counted == floor.Options()
+    assert rungs.RUNGS["all_but_epilogue"].counted == dataclasses.replace(step_parts.ALL, epilogue=False)
+    assert rungs.TRITON.counted == step_parts.Options()
     assert rungs.RUNGS["recompute"].counted.recompute

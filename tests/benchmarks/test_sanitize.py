@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from benchmarks import sanitize
+from gpt2fast.errors import UserError
 
 
-def test_sanitizer_without_a_gpu_or_itself(run_module, monkeypatch, tmp_path):
+def test_sanitizer_without_a_gpu_or_itself(monkeypatch, tmp_path):
     if not torch.cuda.is_available():
-        assert "benchmarks.sanitize needs a CUDA GPU" in run_module("benchmarks.sanitize").stderr
+        with pytest.raises(UserError, match="benchmarks.sanitize needs a CUDA GPU"):
+            sanitize.run(sanitize.SanitizeConfig())
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
     assert {row["status"] for row in sanitize.check_all(10.0, tmp_path)} == {"failed"}
 

@@ -1,7 +1,7 @@
 """Launch settings are replaced, judged, timed and compared; what is timed here is a list of numbers."""
 
-import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import harness, kernels, settings, tune
 from benchmarks.settings import Kernel, PerProcessor
+from benchmarks.tune import TuneConfig
 from gpt2fast.errors import UserError
 from gpt2fast.kernels import launch
 
@@ -32,9 +33,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def options(tmp_path):
-    return argparse.Namespace(
-        file=tmp_path / "rows.jsonl", budget=100.0, jobs=0, tokens=32, seq_len=16, size="nano"
-    )  # fmt: skip
+    return TuneConfig(file=tmp_path / "rows.jsonl", budget=100.0, jobs=0, tokens=32, seq_len=16, size="nano")
 
 
 def rows_of(options):
@@ -43,7 +42,7 @@ def rows_of(options):
 
 def test_the_fastest_right_setting_is_found_and_named_with_its_line(clock, options, capsys):
     clock += [2.0, 3.0, 1.0]
-    assert tune.run([KERNEL], options, CPU) == 0
+    assert tune.tune_all([KERNEL], options, CPU) == 0
     rows = rows_of(options)
     assert [(row["settings"], row["ms"], row["default"], row["best"]) for row in rows] == [
         (repr(launch.elementwise_rows()), 2.0, True, False),
@@ -59,7 +58,7 @@ def test_the_fastest_right_setting_is_found_and_named_with_its_line(clock, optio
 
 def test_noise_changes_nothing(clock, options, capsys):
     clock += [2.0, 3.0, 1.99]
-    tune.run([KERNEL], options, CPU)
+    tune.tune_all([KERNEL], options, CPU)
     assert capsys.readouterr().out.splitlines()[-1] == "nothing in launch.py would change"
 
 
@@ -76,7 +75,7 @@ def test_a_setting_with_wrong_results_is_not_timed(clock, options, cases):
 def test_a_setting_that_does_not_compile_costs_its_own_row_only(clock, options):
     clock += [2.0, 1.0]
     kernel = Kernel("elementwise_rows", "bias_gelu", "both", [launch.Rows(7, 64, 1), launch.Rows(16, 64, 1)])
-    assert tune.run([kernel], options, CPU) == 0
+    assert tune.tune_all([kernel], options, CPU) == 0
     rows = rows_of(options)
     assert [row["status"] == "ok" for row in rows] == [True, False, True]
     assert "power of 2" in rows[1]["status"]
@@ -94,7 +93,7 @@ def test_what_failed_elsewhere_and_what_has_no_time_left_is_not_tried(clock, cas
 def test_what_this_shape_does_not_use_is_no_failure(options, capsys):
     """Attention's backward is one kernel or two; the settings of the other way have nothing to be judged by."""
     idle = Kernel("attention_dq", "bias_gelu", "both", KERNEL.values)
-    assert tune.run([idle], options, CPU) == 0
+    assert tune.tune_all([idle], options, CPU) == 0
     assert [row["status"] for row in rows_of(options)] == [tune.UNUSED]
     assert capsys.readouterr().out.splitlines()[-1] == "nothing in launch.py would change"
 
@@ -104,7 +103,7 @@ def test_a_default_that_fails_is_told(options, monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(tune, "ready", fail)
-    assert tune.run([KERNEL], options, CPU) == 1
+    assert tune.tune_all([KERNEL], options, CPU) == 1
     assert [row["status"] for row in rows_of(options)] == ["RuntimeError: no such kernel"]
 
 
@@ -132,25 +131,26 @@ def test_each_op_runs_with_another_setting(title, clock, cases, monkeypatch):
     assert not clock
 
 
-def test_processes_that_compile_are_started_anew_after_a_crash(monkeypatch, tmp_path, options):
-    """The first dies at the second setting, the next finds one that does not compile and dies of its limit."""
+def test_a_process_that_compiles_is_replaced_after_a_crash(monkeypatch, options):
+    """The first dies at the second setting; the next one finds a setting that does not compile."""
     shares = []
 
-    def run_apart(module, *arguments, limit, log):
-        assert arguments[:4] == ("--size", "nano", "--seq-len", 16)
-        left, out = arguments[-2:]
-        share = json.loads(left.read_text())
-        shares.append(len(share))
+    def apart(function, job, *, limit, environment):
+        assert (function, job.size, job.seq_len, limit) == (tune.compile_here, "nano", 16, pytest.approx(50, abs=1))
+        shares.append(len(job.wanted))
+        row = {"kernel": KERNEL.title, "status": "ok"}
+        harness.append_row(job.out, row)
         if len(shares) == 1:
-            harness.append_row(out, {"kernel": "k", "settings": "1", "status": "ok"})
             return {"status": "failed"}
-        harness.append_row(out, {"kernel": "k", "settings": "3", "status": "CompilationError: no"})
-        harness.append_row(out, {"kernel": "k", "settings": "4", "status": "ok"})
+        harness.append_row(job.out, row | {"status": "CompilationError: no"})
         return {"status": "ok"}
 
-    monkeypatch.setattr(harness, "run_apart", run_apart)
-    bad = tune.compile_share([("k", str(i)) for i in range(1, 5)], options, float("inf"), tmp_path / "share")
-    assert bad == {("k", "2"): "the process that tried it: failed", ("k", "3"): "CompilationError: no"}
+    monkeypatch.setattr(harness, "apart", apart)
+    kernel = replace(KERNEL, values=["1", "2", "3", "4"])
+    bad = tune.compile_all([kernel], replace(options, jobs=1))
+    assert bad == {
+        (KERNEL.title, "'2'"): "the process that tried it: failed", (KERNEL.title, "'4'"): "CompilationError: no",
+    }  # fmt: skip
     assert shares == [4, 2]
 
 
@@ -158,8 +158,8 @@ def test_what_such_a_process_writes(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "tunables", lambda size: {"elementwise_rows": KERNEL})
     monkeypatch.setattr(tune, "COMPILE_TOKENS", 32)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    options = argparse.Namespace(seq_len=16, size="nano")
-    tune.compile_here([("elementwise_rows", repr(KERNEL.values[1]))], tmp_path / "rows", CPU, options)
+    wanted = (("elementwise_rows", repr(KERNEL.values[1])),)
+    tune.compile_here(tune.Job(wanted=wanted, out=tmp_path / "rows", size="nano", seq_len=16, device="cpu"))
     row = json.loads((tmp_path / "rows").read_text())
     assert (row["kernel"], row["settings"], row["status"]) == ("elementwise_rows", repr(KERNEL.values[1]), "ok")
 
@@ -173,14 +173,14 @@ def test_without_a_gpu_it_says_so(run_module):
 def test_unknown_kernels_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="--kernel attn: there are LAYER_NORM_STAGES, MATMUL_PROGRAMS"):
-        tune.main(["--kernel", "attn"])
+        tune.run(TuneConfig(kernel=("attn",)))
 
 
 def test_kernels_can_be_chosen_by_op(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune, "run", lambda kernels, options, device: chosen.extend(k.name for k in kernels) or 0)
-    tune.main(["--kernel", "attention"])
+    monkeypatch.setattr(tune, "tune_all", lambda kernels, c, device: chosen.extend(k.name for k in kernels) or 0)
+    tune.run(TuneConfig(kernel=("attention",)))
     assert set(chosen) == {
         "attention_forward", "attention_one_pass", "attention_backward", "attention_dkdv", "attention_dq",
     }  # fmt: skip
