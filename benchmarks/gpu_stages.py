@@ -141,7 +141,7 @@ def gpu_tests(c: GpuConfig, device: torch.device, seconds: float) -> int:
     arguments = ["-m", "gpu or kernel", "-q", "-p", "no:cacheprovider"]
 
     def run(path: Path) -> dict:
-        log = c.out / f"{path.stem}.log"
+        log = c.out / f"{path.parent.name}_{path.stem}.log"  # two folders may have a file of one name
         result = harness.run_apart("pytest", *arguments, path, limit=seconds, log=log)
         return {"file": str(path.relative_to(folder)), **result, **count_tests(log.read_text(errors="replace"))}
 

@@ -83,15 +83,15 @@ def test_the_tests_stage_runs_each_file_with_kernels_and_counts(tmp_path, monkey
         assert module == "pytest"
         assert "gpu or kernel" in args
         log.write_text(
-            "1 failed, 3 passed in 1.2s" if args[-1].name == "test_gelu.py" else "2 passed, 1 skipped in 1.2s"
+            "1 failed, 3 passed in 1.2s" if args[-1].name == "test_tanh_gelu.py" else "2 passed, 1 skipped in 1.2s"
         )
-        return {"status": "failed" if args[-1].name == "test_gelu.py" else "ok", "seconds": 1.0}
+        return {"status": "failed" if args[-1].name == "test_tanh_gelu.py" else "ok", "seconds": 1.0}
 
     monkeypatch.setattr(harness, "run_apart", run_apart)
     assert gpu_stages.gpu_tests(config(tmp_path), CPU, 50.0) == 1
     counts = {row["file"].rpartition("/")[2]: (row["passed"], row.get("failed", 0)) for row in rows_of(tmp_path)}
-    assert counts["test_gelu.py"] == (3, 1)
-    assert {"test_attention.py", "test_layer_norm.py", "test_cross_entropy.py", "test_every_kernel.py"} <= set(counts)
+    assert counts["test_tanh_gelu.py"] == (3, 1)
+    assert {"test_attention_forward.py", "test_layernorm.py", "test_loss.py", "test_every_kernel.py"} <= set(counts)
 
 
 def test_the_stages_hand_on_what_they_are_given(tmp_path, monkeypatch):
