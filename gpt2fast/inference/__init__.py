@@ -1,1 +1,1 @@
-"""What a trained model is used for: text, the loss of a split, HellaSwag."""
+"""Use a trained model: generate text, compute the loss of a split, score HellaSwag."""

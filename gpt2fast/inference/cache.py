@@ -1,7 +1,7 @@
-"""Keys and values of all tokens so far: a new token costs one reading of the weights, and none is computed again.
+"""The cache of keys and values: a new token costs one pass over the weights, and no token is computed twice.
 
-For each block (B, H, S, D) of either, S positions allocated at once: 37 kB a token of GPT-2 124M in bf16, so 38 MB for
-a row of 1024, beside 249 MB of weights.
+Each block has keys and values of (B, H, S, D), with all S positions allocated at once: 37 kB per token for GPT-2 124M
+in bf16, so 38 MB for a row of 1024, next to 249 MB of weights.
 """
 
 from functools import partial
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from gpt2fast.model import GPT, Attend
 
-ALIGNED = 64  # positions: torch's attention copies masks of other lengths to align them
+ALIGNED = 64  # S is a multiple of this: torch's attention copies masks of other lengths to align them
 
 
 class Cache:
-    """Of B rows and at least `positions` positions, in the compute dtype.
+    """Keys and values of B rows and at least `positions` positions, in the compute dtype.
 
-    `filling` and `reading` are for `GPT.hidden`: what each block does where it would call ops.attention.
+    `filling` and `reading` return the `attends` of `GPT.hidden`: what each block calls instead of ops.attention.
     """
 
     def __init__(self, model: GPT, B: int, positions: int, dtype: torch.dtype):
@@ -25,20 +25,20 @@ class Cache:
         self.ops = model.ops
         S = -(-positions // ALIGNED) * ALIGNED
         shape = (c.n_layer, B, c.n_head, S, c.n_embd // c.n_head)
-        # zeros: the weight of a position not yet written is zero, and zero times NaN would be NaN
+        # zeros, not empty: an unwritten position has weight zero, and zero times NaN is NaN
         self.k = torch.zeros(shape, dtype=dtype, device=model.wte.weight.device)
         self.v = torch.zeros_like(self.k)
 
     def filling(self) -> list[Attend]:
-        """Causal attention on (B, T, 3C), whose keys and values become those of positions 0 to T - 1.
+        """Return causal attention on (B, T, 3C) that stores its keys and values at positions 0 to T - 1.
 
-        Rows shorter than T are padded behind their end. Causal: their tokens never see the padding; and its keys are
-        written over before a later token may look at them.
+        Rows shorter than T are padded at the end. Attention is causal, so their tokens never see the padding, and its
+        keys are overwritten before a later token may attend to them.
         """
         return [partial(self._fill, layer) for layer in range(len(self.k))]
 
     def reading(self, position: Tensor) -> list[Attend]:
-        """Attention of one new token a row, at position (B,): (1, B, 3C) -> (1, B, C)."""
+        """Return attention for one new token per row, at `position` (B,): (1, B, 3C) -> (1, B, C)."""
         return [partial(self._read, layer, position) for layer in range(len(self.k))]
 
     def _fill(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:

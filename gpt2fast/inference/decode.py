@@ -1,13 +1,13 @@
-"""Writing text: a token of each row at a time, all of it on the device.
+"""Generate tokens: one per row at a time, entirely on the device.
 
-    prefill   the prompts, padded to one length behind their ends, fill the cache
-    step      the newest token of each row against the cache: fixed shapes, no number from the host, so that on CUDA it
-              is recorded as a graph and replayed
-    window    a row that is longer than block_size has no position left. From then on the last block_size tokens of each
-              row are read anew for each token, as nanoGPT does: exact, and some hundred times as slow
+    prefill   the prompts, padded at the end to one length, fill the cache
+    step      the newest token of each row against the cache: fixed shapes and no number from the host, so on CUDA it is
+              recorded as a graph and replayed
+    window    a row longer than block_size has no position left. From then on each token takes a pass over the last
+              block_size tokens of every row, as in nanoGPT: exact, and some hundred times as slow
 
-A token is a function of its row's logits and of one uniform number, drawn in advance by a generator of the row's own on
-the CPU. So a seed gives one text, whatever the device and whatever the other rows are, up to rounding.
+A token is a function of its row's logits and one uniform number, which the row's own generator drew in advance on the
+CPU. So a seed gives the same text on every device and with any other rows, up to rounding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,24 +22,24 @@ from gpt2fast.model import GPT, Linear
 from gpt2fast.reference import compute_dtype
 from gpt2fast.rounded import Rounded
 
-WARM = 2  # steps that are not recorded: they compile kernels and choose algorithms
-EVERY = 16  # tokens, after which the host looks whether all rows have ended
+WARM = 2  # steps before recording, which compile kernels and choose algorithms
+EVERY = 16  # tokens between the host's checks whether all rows have ended
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen, in this order, as Hugging Face's generate does."""
+    """How to choose a token, in this order, as Hugging Face's generate does."""
 
     temperature: float = 0.8
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Divide the logits by this; 0 takes the likeliest token."""
     top_k: int = 50
-    """Of this many likeliest tokens; 0: all."""
+    """Choose among this many likeliest tokens; 0: all."""
     top_p: float = 1.0
-    """Of the fewest likeliest tokens whose probabilities add up to at least this; 1: all."""
+    """Choose among the fewest likeliest tokens whose probabilities add up to at least this; 1: all."""
 
 
 def choose_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """fp32 logits (B, V) and numbers (B,) in [0, 1) -> tokens (B,)."""
+    """Choose tokens, (B,) int64, from fp32 logits (B, V) and uniform numbers (B,) in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits, tokens = logits / sampling.temperature, None
@@ -49,16 +49,16 @@ def choose_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor
     if sampling.top_p < 1:
         p = logits.masked_fill(p.cumsum(-1) - p >= sampling.top_p, -torch.inf).softmax(-1)
     sums = p.cumsum(-1)
-    # the first sum above the number; a rounded sum may never be
+    # the first sum above the number; with rounding, there may be none
     i = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)
     return (i if tokens is None else tokens.gather(1, i))[:, 0]
 
 
 class Decoder:
-    """Rows of tokens, at least one each, of which each gets `n` more; `seeds` are the rows'.
+    """Generate up to `n` tokens for each prompt, of at least one token; `seeds` has one seed per row.
 
-    A row that has written the token `stop` has ended: no more of it than further ones of these. Weights are rounded to
-    the compute dtype once. `record`: on CUDA, as a graph; its memory stays taken as long as the decoder lives.
+    A row that has generated the token `stop` has ended and is padded with `stop`. Weights are rounded to the compute
+    dtype once. `record`: on CUDA, record the step as a graph, whose memory is kept as long as the decoder lives.
     """
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class Decoder:
         rows = [[*map(int, prompt), *padding * (self.longest + n - len(prompt))] for prompt in prompts]
         self.tokens = torch.tensor(rows, device=self.device)  # (B, longest + n)
         self.prompt = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.length = self.prompt.clone()  # of each row, so far
+        self.length = self.prompt.clone()  # the tokens of each row so far
         self.ended = torch.zeros_like(self.length, dtype=torch.bool)
         draws = [torch.rand(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         self.uniform = torch.stack(draws).to(self.device)  # (B, n)
@@ -88,7 +88,7 @@ class Decoder:
 
     @torch.no_grad()
     def stream(self, every: int = EVERY) -> Iterator[Tensor]:
-        """New tokens (B, m) on the CPU: the first of each row, then m = `every` at a time until n, or all have ended.
+        """Yield new tokens (B, m) int64 on the CPU: first m = 1, then m = `every`, to n or until all rows have ended.
 
         A row that has ended is padded with `stop`.
         """
@@ -105,7 +105,7 @@ class Decoder:
                 done = until
 
     def _write(self, longest: int) -> None:
-        """A token of each row, of which the longest has as many."""
+        """Generate a token for each row; `longest` is the number of tokens of the longest row."""
         block_size = self.model.config.block_size
         if longest > block_size:
             self._read_window(block_size)
@@ -119,19 +119,19 @@ class Decoder:
             self._graph.replay()
 
     def _read_window(self, T: int, attends: list | None = None) -> None:
-        """The last T tokens of each row, from position 0 on; of a shorter one all, and padding."""
+        """Run the last T tokens of each row, from position 0 on; a shorter row is padded."""
         start = (self.length - T).clamp(min=0)
         h = self.model.hidden(self.tokens.gather(1, start[:, None] + self._range(0, T)), attends=attends)
         self._append(h[self._range(0, len(h)), self.length - start - 1])
 
     def _step(self) -> None:
         position = self.length - 1
-        newest = self.tokens.gather(1, position[:, None]).T  # one sequence of B tokens, whose positions are not 0 to B
+        newest = self.tokens.gather(1, position[:, None]).T  # one sequence of B tokens with positions of their own
         h = self.model.hidden(newest, self.model.wpe.weight[position], self.cache.reading(position))
         self._append(h[0])
 
     def _append(self, h: Tensor) -> None:
-        """The final LayerNorm's output (B, C) -> a token more of each row that has not ended."""
+        """Append a token to each row that has not ended, from the final LayerNorm's output (B, C)."""
         logits = self.model.ops.linear(h, self.head)[:, : self.model.config.vocab_size].float()
         i = self.length - self.prompt
         token = choose_tokens(logits, self.uniform.gather(1, i[:, None])[:, 0], self.sampling)
@@ -157,9 +157,10 @@ def generate(
     stop: int | None = None,
     record: bool = True,
 ) -> Tensor:
-    """Up to `n` more tokens of each row of tokens, at least one each: (B, n) on the CPU, or less if all have ended.
+    """Generate up to `n` tokens for each prompt: (B, n) int64 on the CPU, or fewer columns if all rows have ended.
 
-    Row i draws with seed + i. A row ends with the token `stop`, and is padded with it. `record`: see Decoder.
+    A prompt has at least one token. Row i draws with seed + i. A row ends with the token `stop` and is padded with it.
+    `record`: see Decoder.
     """
     seeds = range(seed, seed + len(prompts))
     decoder = Decoder(
@@ -169,7 +170,7 @@ def generate(
 
 
 def _rounded(model: GPT, dtype: torch.dtype) -> GPT:
-    """The model with its blocks' matrices and their biases in `dtype`: what each product would round them to."""
+    """Return the model with its blocks' matrices and biases in `dtype`, to which each product would round them."""
     if dtype == model.wte.weight.dtype:
         return model
     twin = Rounded(model, dtype, keep_gradients=True).model

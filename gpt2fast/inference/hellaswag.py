@@ -1,14 +1,14 @@
-"""HellaSwag: four endings of a text, one of them true; a model's choice is the ending that it finds likeliest.
+"""Score HellaSwag: each text has four endings, one of them true; the model chooses the ending that it finds likeliest.
 
-    tokens = encode(ctx) + encode(" " + ending)        no <|endoftext|> in front
-    loss   = -sum ln p(token | all tokens before it)   over the ending's tokens
-    acc    = share of examples where the true ending has the smallest loss
-    acc_norm, the one that is quoted: the smallest loss per token, of two equal ones the first
+    tokens    encode(ctx) + encode(" " + ending), without <|endoftext|> before it
+    loss      -sum ln p(token | all tokens before it) over the ending's tokens
+    acc       share of examples in which the true ending has the smallest loss
+    acc_norm  the same with the loss per token, of equal ones the first; this is the number usually quoted
 
-This "completion style" is how llm.c and build-nanogpt count: there GPT-2 124M has acc 0.2859 and acc_norm 0.2955. Only
-the hidden states that predict an ending's token go through the head, a chunk at a time, so that memory stays bounded.
+This is the "completion style" of llm.c and build-nanogpt, where GPT-2 124M has acc 0.2859 and acc_norm 0.2955. Only the
+hidden states that predict an ending's token go through the head, a chunk at a time, so that memory stays bounded.
 
-The file is the authors' hellaswag_val.jsonl, the validation split: a JSON object a line, with ctx, endings and label.
+The file is the authors' validation split, hellaswag_val.jsonl: a JSON object per line, with ctx, endings and label.
 
 Source: Zellers et al. 2019, arXiv:1905.07830.
 """
@@ -37,13 +37,13 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 CACHED = Path("data/hellaswag/hellaswag_val.jsonl")
 LARGEST = 2**26  # bytes of a file; the validation split has 12 million
 ENDINGS = 4
-WIDTHS = 16  # rows are padded to a multiple of it, so that few shapes occur
-ROWS = 1024  # of logits at a time: 206 MB of fp32 at GPT-2's vocabulary
+WIDTHS = 16  # rows are padded to a multiple of this, so that few shapes occur
+ROWS = 1024  # rows of logits at a time: 206 MB of fp32 at GPT-2's vocabulary
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens, and which ending is the true one."""
+    """The tokens of a context and its four endings; `label` is the number of the true ending."""
 
     context: list[int]
     endings: list[list[int]]
@@ -51,13 +51,13 @@ class Example:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest ending."""
+        """The number of tokens in the longest ending."""
         return max(map(len, self.endings))
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies as shares; `stderr` is the standard error of acc_norm; `cut` counts contexts that were too long."""
+    """Accuracies from 0 to 1; `stderr` is the standard error of acc_norm; `cut` counts shortened contexts."""
 
     examples: int
     acc: float
@@ -67,7 +67,7 @@ class Score:
 
 
 def fetch(path: Path = CACHED) -> Path:
-    """`path`, downloaded unless it is there. RunError if that fails: it then says what to do by hand."""
+    """Download the validation split to `path` unless it exists, and return `path`. RunError if that fails."""
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def fetch(path: Path = CACHED) -> Path:
 
 
 def read(path: Path, vocab_file: Path | None = None) -> list[Example]:
-    """Read the examples of an hellaswag_val.jsonl. UserError if it is not sound; it names the line."""
+    """Read the examples of a hellaswag_val.jsonl. UserError, which names the line, if it is damaged."""
     if path.suffix == ".bin":
         raise UserError(f"{path} is not JSON lines (llm.c's .bin is not read): name the authors' {CACHED.name}")
     try:
@@ -102,38 +102,41 @@ def read(path: Path, vocab_file: Path | None = None) -> list[Example]:
 
 
 def _row(line: bytes, where: str) -> tuple[str, list[str], int]:
-    """Context, endings and label of a line of JSON."""
+    """Parse a line: context, endings and label."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}): the file is damaged, get it again") from None
+        raise UserError(f"{where} is not JSON ({error}): the file is damaged, get it again") from None
     missing = [name for name in ("ctx", "endings", "label") if not isinstance(row, dict) or name not in row]
     if missing:
         raise UserError(f"{where} has no {missing[0]!r}: a HellaSwag example has ctx, endings and label")
     ctx, endings, label = row["ctx"], row["endings"], row["label"]
     if not isinstance(ctx, str) or not ctx:
-        raise UserError(f"{where}: ctx is {ctx!r}, and must be text, or nothing predicts an ending's first token")
+        raise UserError(f"{where}: ctx is {ctx!r}: it must be text, or nothing predicts an ending's first token")
     if not isinstance(endings, list) or len(endings) != ENDINGS:
-        raise UserError(f"{where}: endings is {str(endings)[:60]!r}, and must be a list of {ENDINGS} texts")
+        raise UserError(f"{where}: endings is {str(endings)[:60]!r}: it must be a list of {ENDINGS} texts")
     if not all(isinstance(ending, str) and ending for ending in endings):
-        raise UserError(f"{where} has an ending that is empty or no text")
+        raise UserError(f"{where}: an ending is empty or not text: the file is damaged, get it again")
     if type(label) is not int or not 0 <= label < ENDINGS:
-        raise UserError(f"{where}: label is {label!r}, and must be 0 to 3 (the test split has none: take val)")
+        raise UserError(f"{where}: label is {label!r}: it must be 0 to 3 (the test split has none: use {CACHED.name})")
     return ctx, endings, label
 
 
 def fit(examples: Sequence[Example], config: GPTConfig) -> tuple[list[Example], int]:
-    """Examples that the model can read, and how many contexts lost their beginning for that, the same for all four
-    endings. GPT-2's 1024 positions hold every example whole. UserError if an ending alone is too long."""
+    """Shorten contexts to fit the model. Return the examples, and how many contexts lost their beginning.
+
+    A context is the same for all four endings. GPT-2's 1024 positions hold every example without loss. UserError if an
+    ending alone is too long, or the vocabulary is too small.
+    """
     if config.vocab_size <= tokenizer.EOT:
-        raise UserError(f"the model knows {config.vocab_size} tokens: HellaSwag needs GPT-2's {tokenizer.EOT + 1}")
+        raise UserError(f"the model's vocabulary is {config.vocab_size}: HellaSwag needs GPT-2's {tokenizer.EOT + 1}")
     fitting = []
     for i, example in enumerate(examples):
-        room = config.block_size + 1 - example.longest  # an ending's last token is predicted, and never an input
+        room = config.block_size + 1 - example.longest  # an ending's last token is predicted, but never an input
         if room < 1:
             raise UserError(
-                f"example {i} has an ending of {example.longest} tokens, and the model reads {config.block_size}: "
-                "HellaSwag needs a model with a larger block size"
+                f"example {i} has an ending of {example.longest} tokens, but the model reads {config.block_size}: "
+                "use a model with a larger block size"
             )
         fitting.append(Example(example.context[-room:], example.endings, example.label))
     return fitting, sum(new.context != old.context for new, old in zip(fitting, examples))
@@ -150,8 +153,11 @@ def score(
     progress: bool = False,
     world: World = ALONE,
 ) -> Score | None:
-    """Accuracy over `examples`, which the ranks share, about `tokens` of them at a time; None once `give_up`, asked
-    before each batch, says yes to any of them. The longest come first: what does not fit into memory fails at once."""
+    """Compute the accuracy over `examples`, divided among the ranks, in batches of about `tokens` tokens.
+
+    None if `give_up`, called before each batch, returns True on any rank. The longest examples come first, so that a
+    lack of memory shows at once. RunError if a loss is not finite.
+    """
     examples, cut = fit(examples, model.config)
     examples.sort(key=lambda example: -len(example.context) - example.longest)
     examples = examples[world.rank :: world.size]
@@ -165,7 +171,7 @@ def score(
             batch = examples[done : done + max(1, tokens // (ENDINGS * width))]
             losses = ending_losses(model, batch, precision)
             if not losses.isfinite().all():
-                raise RunError("HellaSwag: a loss is not finite: look at the weights, or try --precision fp32")
+                raise RunError("HellaSwag: a loss is not finite: check the weights, or try --precision fp32")
             per_token = losses / torch.tensor([[len(ending) for ending in example.endings] for example in batch])
             labels = torch.tensor([example.label for example in batch])
             right += int((losses.argmin(1) == labels).sum())
@@ -182,11 +188,11 @@ def score(
 
 @torch.no_grad()
 def ending_losses(model: GPT, batch: Sequence[Example], precision: Precision) -> Tensor:
-    """The loss of each ending, summed over its tokens: (examples, 4) float64 on the CPU."""
+    """Return the loss of each ending in nats, summed over its tokens: (examples, 4) float64 on the CPU."""
     rows = [(example.context, ending) for example in batch for ending in example.endings]
     longest = max(len(context) + len(ending) - 1 for context, ending in rows)
     width = min(model.config.block_size, -(-longest // WIDTHS) * WIDTHS)
-    x = torch.zeros(len(rows), width, dtype=torch.int64)  # what stands behind a row's end changes nothing before it
+    x = torch.zeros(len(rows), width, dtype=torch.int64)  # padding after a row's end changes nothing before it
     y = torch.full_like(x, IGNORE)
     for i, (context, ending) in enumerate(rows):
         end = len(context) + len(ending) - 1
@@ -203,5 +209,5 @@ def ending_losses(model: GPT, batch: Sequence[Example], precision: Precision) ->
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)  # float64 stays, to be the truth in tests
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # float64 stays: it is the truth in tests
     return F.cross_entropy(logits.to(dtype), targets, reduction="none")

@@ -1,8 +1,8 @@
-"""The loss over a whole split.
+"""Compute the loss over a whole split.
 
-Windows of T tokens follow one another, each token but a shard's first is predicted once, and what is left at a shard's
-end is a shorter window, padded. So the loss is the exact mean over tokens. A window begins without memory of the one
-before it, as in training.
+Windows of T tokens follow one another: every token except a shard's first is predicted once, and the rest of a shard is
+a shorter window, padded. So the loss is the exact mean over tokens. A window has no memory of the one before it, as in
+training.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from gpt2fast.reference import IGNORE
 
 @dataclass(frozen=True)
 class SplitLoss:
-    """Mean loss in nats over `tokens` predicted tokens; `whole` if that is every token of the split."""
+    """The mean loss in nats over `tokens` predicted tokens; `whole` if that is every token of the split."""
 
     loss: float
     tokens: int
@@ -44,13 +44,14 @@ def split_loss(
     progress: bool = False,
     world: World = ALONE,
 ) -> SplitLoss | None:
-    """The exact mean loss over `shards`, or over their first `max_batches` batches of (B, T), which the ranks share.
+    """Compute the exact mean loss over `shards`, or over their first `max_batches` batches of (B, T).
 
-    None once `give_up`, asked before each batch, says yes to any of them. UserError if there is nothing to predict.
+    The ranks share the batches. None if `give_up`, called before each batch, returns True on any rank. UserError if
+    there is nothing to predict, or a token is outside the vocabulary.
     """
     total = sum(max(0, len(tokens) - 1) for tokens in shards)
     if not total:
-        raise UserError("the split holds no two tokens in a row: there is nothing to predict")
+        raise UserError("the split holds no two tokens in a row, so there is nothing to predict: prepare more text")
     device, losses, done, given_up = model.wte.weight.device, 0.0, 0, False
     expected = total if max_batches is None else min(total, max_batches * B * T)
     with tqdm(
@@ -80,9 +81,9 @@ def split_loss(
 def _batches(
     shards: Sequence[np.ndarray], B: int, T: int, vocab_size: int, numbers: range
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """x, y of (B, T) int64 in the order of the shards; fewer rows in the last. Behind a shard's end y is IGNORE.
+    """Yield x, y of (B, T) int64 in the order of the shards; the last has fewer rows. After a shard's end y is IGNORE.
 
-    `numbers`: which of the batches.
+    `numbers`: the batches to yield.
     """
     windows = (read_tokens(tokens, i, i + T + 1) for tokens in shards for i in range(0, len(tokens) - 1, T))
     for number in itertools.count():

@@ -1,4 +1,4 @@
-"""Text written by a model: a prompt in, the prompt and its continuation out."""
+"""Generate text: continue a prompt."""
 
 from pathlib import Path
 
@@ -20,8 +20,11 @@ def sample_text(
     vocab_file: Path | None = None,
     sampling: Sampling | None = None,
 ) -> str:
-    """The prompt and up to `n` tokens after it. It begins behind <|endoftext|>, as every document in training did, and
-    ends with the next one. Nothing is recorded: a run that trains keeps its memory, and its own graphs, to itself."""
+    """Return the prompt and up to `n` tokens after it.
+
+    The prompt follows <|endoftext|>, as every document in training does, and the text ends at the next one. No CUDA
+    graph is recorded: a training run needs its memory itself, and has graphs of its own.
+    """
     encoding = tokenizer.load(vocab_file)
     tokens = generate(
         model, [encode(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT,
@@ -31,9 +34,10 @@ def sample_text(
 
 
 def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+    """Return <|endoftext|> and the tokens of `prompt`."""
     return [tokenizer.EOT, *encoding.encode_ordinary(prompt)]
 
 
 def until_end(tokens: list[int]) -> list[int]:
-    """Without the first <|endoftext|> and what follows it."""
+    """Return `tokens` without the first <|endoftext|> and what follows it."""
     return tokens[: tokens.index(tokenizer.EOT)] if tokenizer.EOT in tokens else tokens

@@ -3,5 +3,5 @@
 from tests.tools.mutation import Mutant
 
 MUTANTS = [
-    Mutant(":T] = k, v", ":T] = v, k", "values are taken for keys", "test_cached_logits_are_the_uncached_ones"),
+    Mutant(":T] = k, v", ":T] = v, k", "keys and values are swapped", "test_cached_logits_are_the_uncached_ones"),
 ]

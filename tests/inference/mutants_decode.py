@@ -7,18 +7,18 @@ MUTANTS = [
         "p.cumsum(-1) - p >=",
         "p.cumsum(-1) >=",
         "a nucleus without its last token",
-        "test_tokens_come_with_their_probabilities",
+        "test_tokens_are_chosen_with_their_probabilities",
     ),
     Mutant(
         "self.length += grown",
         "self.length += 1",
         "a row that has ended grows",
-        "test_when_all_have_ended_nothing_more_is_written",
+        "test_when_all_rows_have_ended_decoding_stops",
     ),
     Mutant(
         "if longest > block_size:",
         "if longest >= block_size:",
         "the last position is not used",
-        "test_up_to_the_block_nothing_is_read_anew",
+        "test_within_the_block_no_token_is_computed_twice",
     ),
 ]

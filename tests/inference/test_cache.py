@@ -1,4 +1,4 @@
-"""With the cache and without it: the same logits at every position, and the same tokens as transformers."""
+"""With the cache and without it, the logits are the same at every position."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.tools.inputs import randomise
 pytestmark = pytest.mark.kernel
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=40, block_size=32, vocab_size=211)
-LENGTHS = [5, 9, 1]  # of the rows, before tokens come one at a time
+LENGTHS = [5, 9, 1]  # tokens of each row's prompt
 T = 24
 
 
@@ -28,7 +28,7 @@ def tokens(device: torch.device) -> torch.Tensor:
 
 
 def cached_logits(model: GPT, idx: torch.Tensor, dtype: torch.dtype) -> dict[tuple[int, int], torch.Tensor]:
-    """(row, position) -> logits, for the prompts' ends and every position behind them."""
+    """Return (row, position) -> logits for the last token of each prompt and every position after it."""
     B, longest, logits = len(idx), max(LENGTHS), {}
     cache = Cache(model, B, T, dtype)
     padded = idx[:, :longest].clone()
@@ -64,7 +64,7 @@ def test_cached_logits_are_the_uncached_ones(backend, precision, device):
 
 
 @torch.no_grad()
-def test_the_shape(device):
+def test_the_cache_has_aligned_positions(device):
     cache = Cache(make("torch", device), 2, 65, torch.bfloat16)
     assert cache.k.shape == cache.v.shape == (2, 2, 2, 128, 20)
     assert cache.k.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Writing tokens: the choice, rows of different lengths, the end, the window, the recorded step."""
+"""Generating tokens: sampling, rows of different lengths, stopping, texts longer than the block."""
 
 import pytest
 import torch
@@ -17,25 +17,25 @@ def model() -> GPT:
 
 @torch.no_grad()
 def without_a_cache(model: GPT, prompt: list[int], n: int) -> list[int]:
-    """The likeliest tokens, each from the last block_size ones; and that there is no doubt which."""
+    """Return the likeliest tokens, each from the last block_size ones. Assert that each is clearly the likeliest."""
     row = list(prompt)
     for _ in range(n):
         logits = model(torch.tensor([row[-model.config.block_size :]]))[0, -1]
         first, second = logits.topk(2).values.tolist()
-        assert first - second > 1e-4, "two tokens draw: take other weights"
+        assert first - second > 1e-4, "two tokens are equally likely: use other weights"
         row.append(int(logits.argmax()))
     return row[len(prompt) :]
 
 
-# the choice
+# sampling
 def frequencies(logits: Tensor, sampling: Sampling, n: int = 20000) -> Tensor:
-    """(V,): of numbers evenly spread over [0, 1)."""
+    """Return the frequency of each token, (V,), for `n` numbers evenly spread over [0, 1)."""
     tokens = choose_tokens(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, sampling)
     return torch.bincount(tokens, minlength=logits.shape[-1]) / n
 
 
 def by_hand(logits: Tensor, sampling: Sampling) -> Tensor:
-    """(V,): temperature, then top-k, then top-p, each as it is defined."""
+    """Return the probability of each token, (V,): temperature, then top-k, then top-p, each by its definition."""
     p = (logits.double() / sampling.temperature).softmax(-1)
     order = p.argsort(descending=True).tolist()
     kept = order[: sampling.top_k or len(order)]
@@ -58,8 +58,8 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("sampling", CHOICES, ids=lambda s: f"{s.temperature},{s.top_k},{s.top_p}")
-def test_tokens_come_with_their_probabilities(sampling):
-    """Inverse CDF: n evenly spread numbers miss a probability by 1/n at most, and what is left out never comes."""
+def test_tokens_are_chosen_with_their_probabilities(sampling):
+    """Inverse CDF: the error of n evenly spread numbers is at most 1/n, and excluded tokens are never chosen."""
     logits = 3 * torch.randn(40, generator=torch.Generator().manual_seed(2))
     got, want = frequencies(logits, sampling), by_hand(logits, sampling)
     assert ((got - want).abs() <= 1.5 / 20000).all()
@@ -67,7 +67,7 @@ def test_tokens_come_with_their_probabilities(sampling):
 
 
 @pytest.mark.parametrize("sampling", CHOICES, ids=lambda s: f"{s.temperature},{s.top_k},{s.top_p}")
-def test_the_same_tokens_are_left_as_by_transformers(sampling):
+def test_the_same_tokens_are_kept_as_by_transformers(sampling):
     transformers = pytest.importorskip("transformers", reason="its logits warpers are the yardstick")
     logits = 3 * torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
     theirs = transformers.TemperatureLogitsWarper(sampling.temperature)(None, logits)
@@ -79,7 +79,7 @@ def test_the_same_tokens_are_left_as_by_transformers(sampling):
     assert ((frequencies(logits[0], sampling) - want).abs() <= 1.5 / 20000).all()
 
 
-def test_the_ends_of_the_numbers_range():
+def test_the_ends_of_the_range_of_uniform_numbers():
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf]]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-24])
     assert choose_tokens(logits, ends, Sampling(temperature=1.0, top_k=0)).tolist() == [1, 2]
@@ -96,7 +96,7 @@ def test_greedy_takes_the_likeliest_token_each_time(model):
 
 
 @pytest.mark.kernel
-def test_with_the_triton_kernels(device):
+def test_the_triton_kernels_generate_the_same_tokens(device):
     if device.type == "cuda":
         want = generate(make(device=device), PROMPTS, 6, GREEDY)
     else:
@@ -105,8 +105,8 @@ def test_with_the_triton_kernels(device):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_as_transformers_generate(precision):
-    """Token for token, where the next best token is not within rounding; in bf16 with weights that leave no doubt."""
+def test_tokens_are_those_of_transformers_generate(precision):
+    """Every token is equal, as the second likeliest is never within rounding; for bf16, weights are chosen so."""
     from tests.tools.hf import huggingface_model, in_our_names
 
     config = GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=40, vocab_size=300)
@@ -114,7 +114,7 @@ def test_as_transformers_generate(precision):
     ours = GPT(config, build(OpsConfig()))
     with torch.no_grad():
         theirs.transformer.wte.weight.mul_(4)
-        theirs.transformer.wpe.weight.mul_(20)  # or one token would follow itself for ever
+        theirs.transformer.wpe.weight.mul_(20)  # or one token would repeat for ever
     ours.load_state_dict(in_our_names(dict(theirs.named_parameters())))
     different = set()
     for prompt in ([5], [7, 200, 31], list(range(40, 60))):
@@ -131,7 +131,7 @@ def test_as_transformers_generate(precision):
 
 
 def test_a_row_is_the_same_alone_and_among_others(model):
-    """Also one that is drawn: its numbers are its own, by seed + row."""
+    """Also with sampling: each row has its own random numbers, from seed + row."""
     drawn = Sampling(temperature=1.0, top_k=20, top_p=0.9)
     together = generate(model, PROMPTS, 15, drawn, seed=5)
     for i, prompt in enumerate(PROMPTS):
@@ -150,16 +150,16 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(model):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_nothing_is_differentiated(model):
+def test_decoding_records_no_gradients(model):
     decoder = Decoder(model, PROMPTS, 3, GREEDY, seeds=range(4), precision="bf16", stop=None)
     for piece in decoder.stream():
-        assert torch.is_grad_enabled()  # here
+        assert torch.is_grad_enabled()  # outside the decoder
         assert not piece.requires_grad
     assert not decoder.cache.k.requires_grad
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_in_bf16_weights_are_rounded_once_and_the_model_is_as_it_was(model):
+def test_in_bf16_weights_are_rounded_once_and_the_model_is_unchanged(model):
     before = {name: p.clone() for name, p in model.named_parameters()}
     decoder = Decoder(model, PROMPTS, 3, GREEDY, seeds=range(4), precision="bf16", stop=None)
     assert decoder.head.dtype == decoder.cache.k.dtype == torch.bfloat16
@@ -172,10 +172,10 @@ def test_in_bf16_weights_are_rounded_once_and_the_model_is_as_it_was(model):
     assert decoder.head is model.wte.weight
 
 
-# the window
+# texts longer than the block
 @pytest.mark.parametrize("n", [18, 22, 27])
 def test_text_may_be_longer_than_the_block(n, model):
-    """The longest row, 7 tokens, has no position left after the 17th new one, the shortest some later."""
+    """The longest row, of 7 tokens, has no position left after 17 new ones; the others reach the block's end later."""
     assert generate(model, PROMPTS, n, GREEDY).tolist() == [without_a_cache(model, prompt, n) for prompt in PROMPTS]
 
 
@@ -184,19 +184,19 @@ def test_a_prompt_may_be_longer_than_the_block(model):
     assert generate(model, prompts, 3, GREEDY).tolist() == [without_a_cache(model, prompt, 3) for prompt in prompts]
 
 
-def test_up_to_the_block_nothing_is_read_anew(model, monkeypatch):
+def test_within_the_block_no_token_is_computed_twice(model, monkeypatch):
     calls = []
     read = Decoder._read_window
     monkeypatch.setattr(Decoder, "_read_window", lambda self, T, *rest: calls.append(T) or read(self, T, *rest))
-    generate(model, [[1, 2, 3]], 22, GREEDY)  # 24 positions are fed, the last token is not
+    generate(model, [[1, 2, 3]], 22, GREEDY)  # 24 positions; the last token is not fed
     assert calls == [3]
     generate(model, [[1, 2, 3]], 23, GREEDY)
     assert calls == [3, 3, 24]
 
 
-# the end
+# stopping
 @pytest.mark.parametrize("every", [1, 3, 16])
-def test_a_row_that_has_ended_is_padded_and_the_others_go_on(every, model):
+def test_a_row_that_has_ended_is_padded_and_the_others_continue(every, model):
     rows, stop = ending(model, 17)
     decoder = Decoder(model, PROMPTS, 17, GREEDY, seeds=range(4), precision="fp32", stop=stop)
     got = torch.cat(list(decoder.stream(every)), 1).tolist()
@@ -206,7 +206,7 @@ def test_a_row_that_has_ended_is_padded_and_the_others_go_on(every, model):
 
 
 @pytest.mark.parametrize("every", [1, 3, 16])
-def test_when_all_have_ended_nothing_more_is_written(every, model):
+def test_when_all_rows_have_ended_decoding_stops(every, model):
     rows, stop = ending(model, 17)
     chosen = [i for i, row in enumerate(rows) if stop in row]
     prompts, longest = [PROMPTS[i] for i in chosen], max(rows[i].index(stop) + 1 for i in chosen)

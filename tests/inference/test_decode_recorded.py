@@ -1,4 +1,4 @@
-"""The recorded step of decoding: on CUDA a graph, here traced operators. It writes the same tokens."""
+"""The recorded step of decoding, on CUDA a graph, generates the same tokens."""
 
 from types import SimpleNamespace
 
@@ -18,8 +18,10 @@ def model() -> GPT:
 
 
 def traced(decoders: list[Decoder]):
-    """In the place of graph.record: the operators that the work calls, with every number that came from the host as it
-    was then. Nothing is done now, as on a GPU."""
+    """Return a replacement of record_graph that traces the operators of the work, as a CUDA graph records kernels.
+
+    Numbers from the host are constants in the trace. As on a GPU, recording changes no tensor.
+    """
 
     def record(work, other=None):
         (decoder,) = decoders
@@ -40,8 +42,8 @@ def traced(decoders: list[Decoder]):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=9, top_p=0.8)], ids=["greedy", "drawn"])
-def test_a_recorded_step_writes_the_same(sampling, precision, model, monkeypatch):
-    """It finds token, position, number and place on the device; also across the block's end, where it is not used."""
+def test_a_recorded_step_generates_the_same_tokens(sampling, precision, model, monkeypatch):
+    """It reads all that changes from the device. Beyond the block's end it is not used."""
     made, replays = [], []
     record = traced(made)
 
@@ -62,7 +64,7 @@ def test_a_recorded_step_writes_the_same(sampling, precision, model, monkeypatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_on_a_gpu_the_step_is_recorded_and_writes_the_same(backend, precision, device):
+def test_on_a_gpu_the_step_is_recorded_and_generates_the_same_tokens(backend, precision, device):
     drawn = Sampling(temperature=1.0, top_k=20, top_p=0.9)
     model = make(backend=backend, device=device)
     for sampling in (GREEDY, drawn):

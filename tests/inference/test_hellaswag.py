@@ -1,4 +1,4 @@
-"""HellaSwag is counted as others count it, whatever the batch; what is damaged is refused."""
+"""HellaSwag is scored as other projects score it, in batches of any size; damaged files are refused."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def examples(tmp_path_factory):
 
 
 def one_by_one(logits_of, rows=ROWS) -> tuple[torch.Tensor, float, float]:
-    """Losses (n, 4) summed over each ending, acc and acc_norm, from all logits, text by text: as build-nanogpt does."""
+    """Return losses (n, 4) summed over each ending, acc and acc_norm, one text at a time as in build-nanogpt."""
     encode = tokenizer.load().encode_ordinary
     losses, right, right_norm = [], 0, 0
     for row in rows:
@@ -57,7 +57,7 @@ def test_losses_and_accuracies_are_those_of_one_text_at_a_time(model, examples):
     assert_as_accurate(got.float(), truth, base)
     score = hellaswag.score(model, examples, "fp32")
     assert (score.examples, score.acc, score.acc_norm, score.cut) == (6, acc, acc_norm, 0)
-    assert acc != acc_norm  # or the test could not tell them apart
+    assert acc != acc_norm  # or the test could not distinguish them
     assert score.stderr == pytest.approx((acc_norm * (1 - acc_norm) / 6) ** 0.5)
 
 
@@ -107,7 +107,7 @@ def test_triton_gives_the_same(examples, device):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
 
 
-def test_a_signal_ends_it(model, examples):
+def test_a_signal_ends_scoring(model, examples):
     answers = iter([False, True])
     assert hellaswag.score(model, examples, "fp32", tokens=1, give_up=lambda: next(answers)) is None
 
@@ -122,13 +122,13 @@ def test_a_long_context_loses_its_beginning(examples):
         assert len(new.context) == min(len(old.context), 17 - old.longest)
     score = hellaswag.score(build(config=short), examples, "fp32")
     assert (score.examples, score.cut) == (6, cut)
-    with pytest.raises(UserError, match="an ending of 6 tokens, and the model reads 5"):
+    with pytest.raises(UserError, match="an ending of 6 tokens, but the model reads 5"):
         hellaswag.fit(examples, replace(CONFIG, block_size=5))
-    with pytest.raises(UserError, match="the model knows 65 tokens"):
+    with pytest.raises(UserError, match="the model's vocabulary is 65"):
         hellaswag.fit(examples, replace(CONFIG, vocab_size=65))
 
 
-def test_a_loss_that_is_not_finite_is_no_answer(examples):
+def test_a_loss_that_is_not_finite_is_refused(examples):
     model = build()
     with torch.no_grad():
         model.ln_f.weight.fill_(float("nan"))
@@ -146,9 +146,9 @@ def test_examples_are_the_tokens_of_the_texts(examples):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"ctx": "a", "endi', "no JSON"),
-        ("\xff\xfe", "no JSON"),
-        ("[" * 10000, "no JSON"),
+        ('{"ctx": "a", "endi', "not JSON"),
+        ("\xff\xfe", "not JSON"),
+        ("[" * 10000, "not JSON"),
         ("[1]", "has no 'ctx'"),
         ("3", "has no 'ctx'"),
         ({"label": None}, "label is None.*test split"),
@@ -159,11 +159,11 @@ def test_examples_are_the_tokens_of_the_texts(examples):
         ({"ctx": 3}, "ctx is 3"),
         ({"endings": ["a", "b", "c"]}, "must be a list of 4 texts"),
         ({"endings": "abcd"}, "must be a list of 4 texts"),
-        ({"endings": ["a", "", "c", "d"]}, "empty or no text"),
-        ({"endings": ["a", None, "c", "d"]}, "empty or no text"),
+        ({"endings": ["a", "", "c", "d"]}, "empty or not text"),
+        ({"endings": ["a", None, "c", "d"]}, "empty or not text"),
     ],
 )
-def test_broken_lines_are_named(tmp_path, line, message):
+def test_damaged_lines_are_refused_with_their_number(tmp_path, line, message):
     path = write_jsonl(tmp_path / "val.jsonl")
     broken = json.dumps(ROWS[0] | line).encode() if isinstance(line, dict) else line.encode("latin-1")
     path.write_bytes(path.read_bytes() + b"\n" + broken + b"\n")
@@ -177,7 +177,7 @@ def test_llmcs_binary_file_is_refused(tmp_path):
         hellaswag.read(tmp_path / "hellaswag_val.bin")
 
 
-def test_files_without_examples(tmp_path):
+def test_empty_and_missing_files_are_refused(tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(UserError, match="holds no example"):
         hellaswag.read(tmp_path / "empty")
@@ -195,7 +195,7 @@ def test_download(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert hellaswag.fetch(to).read_bytes() == path.read_bytes()
     path.unlink()
-    assert hellaswag.fetch(to) == to  # once is enough
+    assert hellaswag.fetch(to) == to  # it is not downloaded again
     with pytest.raises(RunError, match="could not be downloaded"):
         hellaswag.fetch(tmp_path / "other.jsonl")
 

@@ -24,7 +24,7 @@ def made_shards(lengths=LENGTHS):
 
 @torch.no_grad()
 def brute_force(model, shards):
-    """The mean over all tokens of their losses, window by window, no padding."""
+    """Return the mean loss over all tokens, one window at a time, without padding."""
     losses = []
     for tokens in shards:
         tokens = torch.from_numpy(tokens.astype(np.int64))
@@ -76,7 +76,7 @@ def test_a_signal_ends_it():
     assert split_loss(build(config=CONFIG), made_shards(), 1, T, "fp32", give_up=lambda: next(answers)) is None
 
 
-def test_nothing_to_predict_and_foreign_tokens():
+def test_too_short_a_split_and_tokens_outside_the_vocabulary_are_refused():
     with pytest.raises(UserError, match="no two tokens"):
         split_loss(build(config=CONFIG), made_shards([1, 0]), 1, T, "fp32")
     with pytest.raises(UserError, match="token 300 at position 3"):

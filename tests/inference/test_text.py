@@ -18,12 +18,12 @@ ENCODING = tokenizer.load()
 def model() -> GPT:
     model = GPT(tiny.GPT2_WORDS, build(OpsConfig()))
     with torch.no_grad():
-        model.wte.weight.mul_(20)  # an untrained model is so unsure that every seed gives another text anyway
+        model.wte.weight.mul_(20)  # without this, an untrained model gives another text for every seed
     return model
 
 
-def test_the_text_is_the_prompt_and_what_the_model_writes(model):
-    """From behind <|endoftext|> on."""
+def test_the_text_is_the_prompt_and_its_continuation(model):
+    """The prompt follows <|endoftext|>."""
     found = sample_text(model, "Hello", 7, precision="fp32", seed=3, sampling=Sampling(temperature=0))
     row = [tokenizer.EOT, *ENCODING.encode_ordinary("Hello")]
     for _ in range(7):
@@ -41,7 +41,7 @@ def test_a_prompt_longer_than_the_window_does_not_stop_a_training_run(model):
 
 
 @torch.no_grad()
-def test_the_text_ends_before_the_end(model, monkeypatch):
+def test_the_text_ends_before_the_end_of_text_token(model, monkeypatch):
     tokens = torch.tensor([[*ENCODING.encode_ordinary(" there"), tokenizer.EOT, 1, 2]])
     seen = {}
     monkeypatch.setattr(text, "generate", lambda *args, **options: seen.update(options) or tokens)
