@@ -1,10 +1,10 @@
-"""Weights for others: `python -m gpt2fast.export out/gpt2 --out exported/gpt2`.
+"""Write weights in another program's format: `python -m gpt2fast.export out/gpt2 --out exported/gpt2`.
 
     huggingface    a folder that GPT2LMHeadModel.from_pretrained and pipeline load: model.safetensors, config.json,
                    generation_config.json, and the tokenizer's files if the vocabulary is GPT-2's
     llm.c          one file, .bin: version 3 in fp32, version 5 in bf16
 
-What it writes appears whole or not at all, and never replaces anything.
+The output is complete or absent, and never replaces anything.
 """
 
 import json
@@ -41,21 +41,24 @@ class ExportConfig:
     """Write weights in another program's format."""
 
     source: str
-    """A run's folder, or any weights that gpt2fast reads: a file, a folder, or a model on the hub."""
+    """A run's folder, or any weights that gpt2fast reads: a file, a folder, or the name of a model on the hub."""
     out: Path = Path("exported")
-    """The folder to make; for llm.c the file, ending in .bin."""
+    """Folder to make, or for llm.c the file, which ends in .bin."""
     format: Literal["huggingface", "llm.c"] = "huggingface"
-    """Whose format."""
+    """huggingface: a folder for transformers; llm.c: one model file."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 rounds: half the size, 8 bits of precision."""
+    """Number format; bf16 rounds to 8 bits of precision and halves the size."""
 
 
 def export(c: ExportConfig) -> tuple[Weights, list[str]]:
-    """Read and write; the weights and the names of what was written. UserError on bad input: nothing is left behind."""
+    """Read the weights and write them. Return them and the names of the files.
+
+    UserError on bad input, RunError if they cannot be written; nothing is left then.
+    """
     check_new(c.out)
     if (c.format == "llm.c") != (c.out.suffix == ".bin"):
         wanted = "a file ending in .bin" if c.format == "llm.c" else "a folder, so without .bin"
-        raise UserError(f"--out is {c.out}: the format {c.format} needs {wanted}")
+        raise UserError(f"--out is {c.out}: the format {c.format} needs {wanted}: change --out")
     weights = read_weights(c.source)
     try:
         c.out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,7 @@ def export(c: ExportConfig) -> tuple[Weights, list[str]]:
 
 
 def write_llmc(weights: Weights, path: Path, dtype: torch.dtype) -> list[str]:
-    """One model file of llm.c's."""
+    """Write a model file of llm.c. Return the names of the files, here one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -80,7 +83,7 @@ def write_llmc(weights: Weights, path: Path, dtype: torch.dtype) -> list[str]:
 
 
 def write_huggingface(weights: Weights, folder: Path, dtype: torch.dtype) -> list[str]:
-    """A folder for transformers. The head is wte and not stored twice."""
+    """Write a folder for transformers; the head is tied to wte and not stored again. Return the names of the files."""
     texts = {"config.json": _json(model_config(weights.config, dtype))}
     texts["generation_config.json"] = _json(_special_tokens(weights.config))
     texts |= _tokenizer_files(weights.config)
@@ -108,7 +111,7 @@ def write_huggingface(weights: Weights, folder: Path, dtype: torch.dtype) -> lis
 
 
 def model_config(config: GPTConfig, dtype: torch.dtype) -> dict:
-    """config.json as transformers writes it for GPT2LMHeadModel. No dropout, as in our training."""
+    """Return config.json as transformers writes it for GPT2LMHeadModel; without dropout, as in our training."""
     kind = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -129,15 +132,16 @@ def model_config(config: GPTConfig, dtype: torch.dtype) -> dict:
 
 
 def _special_tokens(config: GPTConfig) -> dict:
-    """transformers would take 50256 for both, in any vocabulary."""
+    """Return the settings of the special tokens: transformers would assume 50256 for both in any vocabulary."""
     token = tokenizer.EOT if config.vocab_size == VOCAB_SIZE else None
     return {"bos_token_id": token, "eos_token_id": token}
 
 
 def _tokenizer_files(config: GPTConfig) -> dict[str, str]:
-    """What transformers makes GPT-2's tokenizer of; nothing if this is no vocabulary of GPT-2's, or it is not at hand.
+    """Return name -> content of the files that transformers makes GPT-2's tokenizer of.
 
-    merges.txt is OpenAI's vocab.bpe, vocab.json numbers the same tokens, written in the same characters.
+    merges.txt is OpenAI's vocab.bpe; vocab.json numbers the same tokens, written with the same characters. None of them
+    if the vocabulary is not GPT-2's, or vocab.bpe cannot be found.
     """
     if config.vocab_size != VOCAB_SIZE:
         return {}
@@ -146,7 +150,7 @@ def _tokenizer_files(config: GPTConfig) -> dict[str, str]:
     except UserError:
         return {}
     characters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    characters += [chr(256 + n) for n in range(256 - len(characters))]  # the order of bytes: tokenizer.py
+    characters += [chr(256 + n) for n in range(256 - len(characters))]  # the order of the bytes is tokenizer.py's
     tokens = [*characters, *(line.replace(" ", "") for line in merges.splitlines()[1:]), END]
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size, "add_prefix_space": False}
     return {
@@ -166,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"from    {weights.where}")
     print(f"wrote   {c.out}: {', '.join(written)}")
     if c.format == "huggingface" and "vocab.json" not in written:
-        print("note    without a tokenizer: the vocabulary is not GPT-2's, or vocab.bpe is not at hand")
+        print("note    without a tokenizer: the vocabulary is not GPT-2's, or vocab.bpe was not found")
 
 
 if __name__ == "__main__":

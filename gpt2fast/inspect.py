@@ -1,11 +1,11 @@
-"""What is in a model, and how its training went: `python -m gpt2fast.inspect out/nano`.
+"""Show what is in a model, and how its training went: `python -m gpt2fast.inspect out/nano`.
 
     <out>/<source>/positions.png     three channels of the position embeddings
-    <out>/<source>/similarity.png    cosine of each position embedding with each other
-    <out>/<source>/tokens.png        norms of the token embeddings, the never-trained marked
-    <out>/runs.png                   loss, learning rate, gradient norm, tokens/s of all runs that were named
+    <out>/<source>/similarity.png    cosine similarity of the position embeddings
+    <out>/<source>/tokens.png        norms of the token embeddings, with never-trained tokens marked
+    <out>/runs.png                   loss, learning rate, gradient norm and tokens/s of all named runs
 
-And, printed, each tensor's shape, mean and standard deviation. All sources are read before anything is written.
+It prints each tensor's shape, mean and standard deviation. All sources are read before anything is written.
 """
 
 from collections.abc import Sequence
@@ -32,25 +32,27 @@ from gpt2fast.weights.load import read_weights
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NO_TEXT = (124, 125, *range(177, 188))  # tokens of the bytes C0, C1 and F5 to FF, which are in no UTF-8
-MARGIN = 1.1  # on the distance of these from the centroid of the others: each has been drawn at random
-CHANNELS = (150, 200, 250)  # of 768
+NO_TEXT = (124, 125, *range(177, 188))  # tokens of the bytes C0, C1 and F5 to FF, which UTF-8 never contains
+MARGIN = 1.1  # factor on the largest distance of one of these from the centroid of the others
+CHANNELS = (150, 200, 250)  # of a width of 768
 COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Tables and pictures of models and runs."""
+    """Print tables and draw pictures of models and runs."""
 
     sources: tuple[str, ...]
-    """Runs, for instance out/nano out/other, which are compared; or weights from elsewhere."""
+    """Runs to compare, for instance out/nano out/other, or any weights that gpt2fast reads."""
     out: Path = Path("out/inspect")
-    """Folder for the pictures; those of an earlier inspection are replaced."""
+    """Folder for the pictures; earlier pictures there are replaced."""
 
 
 def inspect(c: InspectConfig) -> list[str]:
-    """The tables, a text for each source, and a line for each picture, which it writes. UserError on what is not sound,
-    before anything is written."""
+    """Write the pictures. Return the tables, a text for each source, and a line for each picture.
+
+    UserError if a source cannot be read, before anything is written; RunError if a picture cannot be written.
+    """
     if not c.sources:
         raise UserError("nothing to inspect: name a run, for instance out/nano, or weights")
     texts, runs, figures = [], [], {}
@@ -78,7 +80,7 @@ def inspect(c: InspectConfig) -> list[str]:
 
 
 def folder_names(sources: Sequence[str]) -> list[str]:
-    """A folder's name for each source: its last part; where two are equal, all of it."""
+    """Return a folder name for each source: its last part, or all of it where two last parts are equal."""
     paths = [Path(source).resolve() for source in sources]
     if len(set(paths)) < len(paths):
         raise UserError("a source is named twice: name each once")
@@ -90,7 +92,7 @@ def folder_names(sources: Sequence[str]) -> list[str]:
 
 
 def run_label(folder: Path, name: str) -> str:
-    """A run, and what it was computed with."""
+    """Return the name of a run, with its ops, precision and compilation."""
     resolved = read_record(folder)[1]
     chosen = list(resolved["ops"].values())
     most = max(chosen, key=chosen.count)
@@ -100,7 +102,7 @@ def run_label(folder: Path, name: str) -> str:
 
 
 def tensor_table(weights: Weights) -> str:
-    """A line for each tensor; sums are made in float64."""
+    """Return the table of the tensors, a line for each. Mean and standard deviation are computed in float64."""
     rows = [("tensor", "shape", "parameters", "mean", "std")]
     for name, tensor in weights.tensors.items():
         var, mean = torch.var_mean(tensor.double(), correction=0)
@@ -108,26 +110,29 @@ def tensor_table(weights: Weights) -> str:
         rows.append((name, shape, f"{tensor.numel():,}", f"{mean:.6f}", f"{var.sqrt():.6f}"))
     rows.append(("total", "", f"{count_parameters(weights):,}", "", ""))
     width = [max(map(len, column)) for column in zip(*rows)]
-    sides = "<<>>>"  # names and shapes to the left, numbers to the right
+    sides = "<<>>>"  # names and shapes are aligned to the left, numbers to the right
     lines = ("  ".join(f"{text:{side}{w}}" for text, side, w in zip(row, sides, width)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def count_parameters(weights: Weights) -> int:
-    """Parameters, the tied head counted once."""
+    """Count the parameters, the tied head once."""
     return sum(tensor.numel() for tensor in weights.tensors.values())
 
 
 def tied_head(weights: Weights) -> str:
+    """Return a line that says what tying the head to wte saves."""
     n, tied = count_parameters(weights), weights.tensors["wte.weight"].numel()
     return (
-        f"tied head: wte.weight is the head as well, which saves {tied:,} parameters ({4 * tied / 1e6:,.1f} MB in "
+        f"tied head: wte.weight is also the head, which saves {tied:,} parameters ({4 * tied / 1e6:,.1f} MB in "
         f"fp32), {100 * tied / n:.0f}% of {n:,}"
     )
 
 
 def never_trained(weights: Weights, folder: Path | None) -> tuple[np.ndarray | None, str]:
-    """The tokens that training never saw, and how that is known: by the run's data, if that is still what it was."""
+    """Return the tokens that training never saw, (n,) int64, and how they were found: from the run's data if it is
+    unchanged, else by a guess. None if the vocabulary is not GPT-2's and the data is unknown.
+    """
     if folder:
         settings, resolved = read_record(folder)
         try:
@@ -138,11 +143,11 @@ def never_trained(weights: Weights, folder: Path | None) -> tuple[np.ndarray | N
             counts = count_all(dataset.train, weights.config.vocab_size)
             return np.flatnonzero(counts == 0), "not in the training data"
     found = guess_never_trained(weights.tensors["wte.weight"])
-    return found, "by their nearness to tokens that no text has (a guess)"
+    return found, "near tokens that no text contains (a guess)"
 
 
 def draw_positions(wpe: Tensor, name: str) -> "Figure":
-    """Three channels of the position embeddings (T, C), over all positions."""
+    """Draw three channels of the position embeddings (T, C) over all positions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
@@ -155,12 +160,12 @@ def draw_positions(wpe: Tensor, name: str) -> "Figure":
 
 
 def channels(width: int) -> list[int]:
-    """150, 200 and 250, as often drawn of GPT-2 124M; of a narrower model those at the same share of its width."""
+    """Return channels 150, 200 and 250, as often drawn for GPT-2 124M; for a narrower model, in proportion."""
     return [channel * min(width, 768) // 768 for channel in CHANNELS]
 
 
 def draw_similarity(wpe: Tensor, name: str) -> "Figure":
-    """Cosine of each position embedding with each other, as an image (T, T)."""
+    """Draw the cosine similarity of the position embeddings (T, C) as an image (T, T)."""
     from matplotlib.figure import Figure
 
     unit = wpe / wpe.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -172,8 +177,10 @@ def draw_similarity(wpe: Tensor, name: str) -> "Figure":
 
 
 def draw_tokens(wte: Tensor, never: np.ndarray | None, how: str, name: str) -> "Figure":
-    """Norm of each token's embedding (V, C), by token, and how many tokens have such a norm. `never` (n,) are the
-    never-trained ones, as `how` says; None if that is not known."""
+    """Draw the norm of each token's embedding (V, C), and a histogram of the norms.
+
+    `never` (n,) are the never-trained tokens, None if unknown; `how` says how they were found.
+    """
     from matplotlib.figure import Figure
 
     norms = wte.norm(dim=1).numpy()
@@ -189,7 +196,7 @@ def draw_tokens(wte: Tensor, never: np.ndarray | None, how: str, name: str) -> "
     bins = np.linspace(0, 1.05 * norms.max(), 100)
     for i, (group, color, text) in enumerate(groups):
         few = len(group) < len(norms) / 20
-        style = {"markersize": 5 if few else 1.5, "zorder": 3 - len(group) / len(norms)}  # the fewer lie on top
+        style = {"markersize": 5 if few else 1.5, "zorder": 3 - len(group) / len(norms)}  # the smaller is on top
         scatter.plot(group, norms[group], "x" if few and i else ".", color=color, label=text, **style)
         counts.hist(norms[group], bins, orientation="horizontal", histtype="step", color=color)
     scatter.set(title=f"Token embeddings of {name}", xlabel="token", ylabel="norm of its embedding", ylim=(0, bins[-1]))
@@ -198,35 +205,35 @@ def draw_tokens(wte: Tensor, never: np.ndarray | None, how: str, name: str) -> "
     for axes in (scatter, counts):
         axes.grid(alpha=0.3)
     for handle in figure.legend(loc="outside lower center", ncols=2, frameon=False).legend_handles:
-        handle.set_markersize(8)  # type: ignore[union-attr]  # lines, of which there are some
+        handle.set_markersize(8)  # type: ignore[union-attr]  # lines, which have markers
     return figure
 
 
 def guess_never_trained(wte: Tensor) -> np.ndarray | None:
-    """Tokens whose embedding (V, C) lies among those of bytes that no text contains; None for another vocabulary.
+    """Return the tokens, (n,) int64, whose embedding in `wte` (V, C) is near those of bytes that no text contains.
 
-    The head is the embedding, so each step's softmax pushes the row of every token that is not the answer, also that of
-    one which never occurs: all of those in the same direction. They stay together, and what they were drawn as fades by
-    weight decay, while a token that occurs is drawn to where it is needed. Bytes that UTF-8 never contains have tokens
-    too, 13 of them, which no text can train; so a row that lies no farther from their centroid than they themselves do
-    counts as never trained. That is a heuristic, since a rare token may pass for one: in a nano run of 340 steps it
-    finds 40,386 of the 40,410 tokens that did not come up, and 691 that came up once or so.
+    None unless V is GPT-2's vocabulary. The head is the embedding, so each step's softmax pushes away the row of every
+    token that is not the target. The rows of tokens that never occur are all pushed in the same direction: they stay
+    together while weight decay shrinks their initial values, and a token that occurs is pulled elsewhere. UTF-8 never
+    contains 13 bytes, whose tokens no text can train; so a row that is not farther from their centroid than they are
+    counts as never trained. This is a heuristic, since a rare token may look the same: in a nano run of 340 steps it
+    finds 40,386 of the 40,410 tokens that did not occur, and 691 that occurred about once.
     """
     if len(wte) != VOCAB_SIZE:
         return None
     known = wte[list(NO_TEXT)].double()
     n = len(known)
-    own = (known - known.mean(0)).norm(dim=1) * n / (n - 1)  # from the centroid of the others
+    own = (known - known.mean(0)).norm(dim=1) * n / (n - 1)  # distance from the centroid of the other n - 1
     distances = (wte.double() - known.mean(0)).norm(dim=1)
     distances[list(NO_TEXT)] = own
     return (distances <= MARGIN * own.max()).nonzero().squeeze(1).numpy()
 
 
 def write_pictures(figures: dict[Path, "Figure"]) -> None:
-    """Write the pictures. UserError, before the first is written, if one would replace a file that is none of ours."""
+    """Write the pictures. UserError, before the first is written, if one would replace a file that is not ours."""
     for path in figures:
         if path.exists() and b"gpt2fast" not in path.read_bytes()[:1024]:
-            raise UserError(f"{path} is there already and no picture of ours: choose another folder with --out")
+            raise UserError(f"{path} exists and is not our picture: choose another folder with --out")
     for path, figure in figures.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ def _check(c: PrepareConfig) -> None:
     if names and len(c.paths) > 1:
         raise UserError(f"{names[0]} is a corpus, prepared by itself: write ./{names[0]} for the path")
     if c.from_ and not c.corpus:
-        raise UserError(f"--from stands in for the download of {', '.join(CORPORA)}: name one of them")
+        raise UserError(f"--from replaces the download of {', '.join(CORPORA)}: name one of them, or leave out --from")
     if c.corpus and c.val_fraction is not None:
         raise UserError(f"the split of {c.corpus} is fixed ({CORPORA[c.corpus].split}): leave out --val-fraction")
     if not 0 <= (c.val_fraction or 0) <= 0.5:

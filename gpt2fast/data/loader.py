@@ -51,6 +51,7 @@ class Loader:
 
     @cached_property
     def batches_per_epoch(self) -> int:
+        """The number of whole batches in an epoch; the remaining windows are not used in it."""
         return int(self._ends[-1]) // self.B if len(self._ends) else 0
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class Stream:
         return self._buffer[: self._n]
 
     def add(self, tokens: np.ndarray) -> None:
+        """Add (n,) uint16 tokens; full shards are written. OSError names the file."""
         while len(tokens):
             part = tokens[: len(self._buffer) - self._n]
             self._buffer[self._n : self._n + len(part)] = part
@@ -92,6 +93,7 @@ class Writer:
 
     @property
     def shards(self) -> list[dict]:
+        """The name, tokens and sha256 of each shard of both splits."""
         return self.train.shards + self.val.shards
 
     @property

@@ -41,7 +41,7 @@ def check_new(path: Path) -> None:
         raise UserError(f"{path} already exists: choose another with --out")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}, since {folder} is not a writable folder: choose another with --out")
+        raise UserError(f"cannot write {path}, since {folder} is not a folder to write to: choose another with --out")
 
 
 def publish(temporary: Path, final: Path) -> None:

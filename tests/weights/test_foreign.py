@@ -111,7 +111,7 @@ def test_writing_to_a_tensor_does_not_change_its_file(tmp_path):
         ({"model_type": "llama"}, "model_type is 'llama': only 'gpt2'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"n_head": None}, "n_head is None: it must be a whole number"),
-        ({"n_head": 3}, "n_embd 16 is no multiple of n_head 3"),
+        ({"n_head": 3}, "n_embd 16 .*n_head 3"),
         ({"n_layer": 10**9}, "n_layer is 1000000000, but there are only 28 tensors"),
         ({"n_layer": 1}, "not GPT-2's: h.1.attn.c_attn.bias, .* and 9 more"),
         ({"n_layer": 3}, "missing: h.2.ln_1.weight"),
@@ -188,7 +188,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch, n
     monkeypatch.chdir(tmp_path)
     torch.save({"model": random_tensors(), "config": Code()}, name)
     for source in (name, ".") if name != "other.pt" else (name,):
-        with pytest.raises(UserError, match=r"wants to run code \(\w+\.mkdir\).*save model.state_dict\(\) alone"):
+        with pytest.raises(UserError, match=r"would run code \(\w+\.mkdir\).*save model.state_dict\(\) alone"):
             read_foreign(source)
     assert not Path("ran").exists()
 
