@@ -31,7 +31,7 @@ from gpt2fast.machine import versions
 from gpt2fast.machine.device import Precision, device_name, pick_device
 from gpt2fast.model import SIZES, GPTConfig
 from gpt2fast.training import flops
-from gpt2fast.training.screen import share
+from gpt2fast.training.screen import percent
 from gpt2fast.training.step import TrainingStep
 
 LEARNING_RATE = 3e-4
@@ -241,7 +241,7 @@ def table(rows: Sequence[dict]) -> str:
         lines.append(
             f"{row['rung']:<21}{speed['median']:>11,.0f}{speed['p20']:>11,.0f}{speed['p80']:>11,.0f}"
             f"{row['ms']['median']:>9,.1f}{speed['median'] / base:>7.2f}{row['peak_memory'] / 1e9:>9.2f}  "
-            f"{share(row['mfu'])}" + ("" if row["agrees"] is not False else "  losses differ from the first rung's")
+            f"{percent(row['mfu'])}" + ("" if row["agrees"] is not False else "  losses differ from the first rung's")
         )
     return "\n".join(lines)
 

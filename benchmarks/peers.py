@@ -45,7 +45,7 @@ from gpt2fast.ops import OpsConfig
 from gpt2fast.training import choices, optim
 from gpt2fast.training.choices import Place
 from gpt2fast.training.config import TrainConfig
-from gpt2fast.training.screen import share
+from gpt2fast.training.screen import percent
 from gpt2fast.training.step import TrainingStep
 
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"  # CUDA graphs would need static inputs
@@ -261,7 +261,7 @@ def table(rows: Sequence[dict]) -> str:
         lines.append(
             f"{name:<36}{median(speeds[name]):>9,.0f}{min(speeds[name]):>9,.0f}{max(speeds[name]):>9,.0f}"
             f"{median(row['ms']['median'] for row in good):>9,.1f}"
-            f"{max(row['peak_memory'] for row in good) / 1e9:>9.2f}{ratio:>8}  {share(good[0]['mfu'])}"
+            f"{max(row['peak_memory'] for row in good) / 1e9:>9.2f}{ratio:>8}  {percent(good[0]['mfu'])}"
             + ("" if all(row["agrees"] is not False for row in good) else "  losses differ from the first row's")
         )
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from gpt2fast import __version__, ops
-from gpt2fast.errors import UserError, describe
+from gpt2fast.errors import UserError, describe_error
 from gpt2fast.files.atomic import write_atomic
 from gpt2fast.machine.device import device_name
 from gpt2fast.measure import Result, Workload, measure_op
@@ -173,10 +173,10 @@ def load_cache(say: Callable[[str], None]) -> dict[str, Times]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        say(f"note: {cache_file()} is damaged and is written anew ({describe(error)})")
+        say(f"note: {cache_file()} is damaged and is written anew ({describe_error(error)})")
         return {}
     except (OSError, RuntimeError) as error:
-        say(f"note: the cache of --backend auto cannot be read ({describe(error)}): the ops are measured again")
+        say(f"note: the cache of --backend auto cannot be read ({describe_error(error)}): the ops are measured again")
         return {}
     return entries
 
@@ -189,7 +189,10 @@ def save_cache(entries: dict[str, Times], say: Callable[[str], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(newest, indent=1) + "\n")
     except (OSError, RuntimeError) as error:
-        say(f"note: the cache of --backend auto cannot be written ({describe(error)}): the next run measures again")
+        say(
+            f"note: the cache of --backend auto cannot be written ({describe_error(error)}): "
+            "the next run measures again"
+        )
 
 
 def _fault(entries: object) -> str:

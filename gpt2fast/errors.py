@@ -20,7 +20,7 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
-def describe(error: BaseException, limit: int = 200) -> str:
+def describe_error(error: BaseException, limit: int = 200) -> str:
     """The class and up to `limit` characters of the message of an unexpected error, on one line."""
     return f"{type(error).__name__}: {one_line(error)[:limit]}"
 

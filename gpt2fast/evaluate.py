@@ -121,7 +121,7 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
     }
     try:
         if dataset:
-            result |= _loss(model, dataset, c, B, T, precision, world)
+            result |= evaluate_split(model, dataset, c, B, T, precision, world)
             result["trained_on"] = weights.state and weights.state["data_fingerprint"]
         if examples:
             found = hellaswag.score(model, examples, precision, tokens=B * T, progress=world.main, world=world)
@@ -132,7 +132,9 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
     return result | {"seconds": round(time.perf_counter() - start, 3), "versions": versions.record()}
 
 
-def _loss(model: GPT, dataset: Dataset, c: EvaluateConfig, B: int, T: int, precision: Precision, world: World) -> dict:
+def evaluate_split(
+    model: GPT, dataset: Dataset, c: EvaluateConfig, B: int, T: int, precision: Precision, world: World
+) -> dict:
     shards = dataset.train if c.split == "train" else dataset.val
     if not shards:
         raise UserError(f"{dataset.name} has no {c.split} split: prepare more text, or take --split train")
@@ -155,7 +157,7 @@ def _loss(model: GPT, dataset: Dataset, c: EvaluateConfig, B: int, T: int, preci
     }
 
 
-def table(result: dict) -> str:
+def results_table(result: dict) -> str:
     """What a person wants to read of the results."""
     rows = {
         "model": f"{result['model']}: {result['parameters']:,} parameters",
@@ -189,12 +191,12 @@ def main(argv: Sequence[str]) -> None:
         with one_complains(world):
             c = parse(EvaluateConfig, argv, "gpt2fast.evaluate")
         result = evaluate(c, world)
-        print(table(result))
+        print(results_table(result))
         if c.out and world.main:
-            write(c.out, result)
+            write_results(c.out, result)
 
 
-def write(path: Path, result: dict) -> None:
+def write_results(path: Path, result: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(result, indent=1))

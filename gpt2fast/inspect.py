@@ -237,7 +237,7 @@ def write_pictures(figures: dict[Path, "Figure"]) -> None:
     for path, figure in figures.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            plot.save(figure, path)
+            plot.save_figure(figure, path)
         except OSError as error:
             raise RunError(f"cannot write {path} ({error.strerror}): choose another folder with --out") from None
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt2fast import ops
-from gpt2fast.errors import RunError, describe
+from gpt2fast.errors import RunError, describe_error
 from gpt2fast.machine.device import DTYPES, Precision, autocast, device_name, synchronize
 from gpt2fast.model import EPS, INIT_STD
 from gpt2fast.ops import OpsConfig
@@ -184,7 +184,7 @@ def attempt(op: str, name: str, device: torch.device, call: Callable[[], Any]) -
     except Exception as error:  # a compiler's, a launch's, no memory: whatever it is, this candidate is out
         if name == "torch":
             raise
-        reason = describe(error)
+        reason = describe_error(error)
     try:
         synchronize(device)
     except RuntimeError:

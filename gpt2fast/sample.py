@@ -97,7 +97,7 @@ def read_prompts(options: SampleConfig) -> list[str]:
     return prompts
 
 
-def encode_all(encoding: tiktoken.Encoding, prompts: Sequence[str], model: GPT) -> list[list[int]]:
+def encode_prompts(encoding: tiktoken.Encoding, prompts: Sequence[str], model: GPT) -> list[list[int]]:
     """UserError if they are no tokens of this model, or too many."""
     vocab_size, limit = model.config.vocab_size, model.config.block_size
     if vocab_size != VOCAB_SIZE:
@@ -114,7 +114,7 @@ def encode_all(encoding: tiktoken.Encoding, prompts: Sequence[str], model: GPT) 
     return rows
 
 
-class Writer:
+class TextStream:
     """Bytes of tokens as text, as soon as they are whole characters."""
 
     def __init__(self, encoding: tiktoken.Encoding, out: TextIO):
@@ -127,7 +127,7 @@ class Writer:
         self._out.flush()
 
 
-def pieces(decoder: Decoder, seconds: dict[str, float], every: int) -> Iterator[Tensor]:
+def timed_pieces(decoder: Decoder, seconds: dict[str, float], every: int) -> Iterator[Tensor]:
     """What the decoder writes; `seconds` of the first token, with which the prompt is read, and of all others."""
     start = time.perf_counter()
     for i, piece in enumerate(decoder.stream(every)):
@@ -143,10 +143,10 @@ def main(argv: Sequence[str]) -> None:
     with joined() as world:
         with one_complains(world):
             options = parse(SampleConfig, argv, "gpt2fast.sample")
-        write(options, world)
+        write_texts(options, world)
 
 
-def write(options: SampleConfig, world: World) -> None:
+def write_texts(options: SampleConfig, world: World) -> None:
     """Print the texts, of which each rank writes some batches."""
     if options.stream and world.size > 1:
         raise UserError(f"--stream shows one text at a time, and {world.size} processes write: leave it out")
@@ -158,7 +158,7 @@ def write(options: SampleConfig, world: World) -> None:
     chosen = choose_ops(weights, device, options.backend, say)
     precision = pick_precision(options.precision, device, ops.interpreted(chosen))
     model = build_model(weights, chosen, device)
-    rows = [row for row in encode_all(encoding, prompts, model) for _ in range(options.samples)]
+    rows = [row for row in encode_prompts(encoding, prompts, model) for _ in range(options.samples)]
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     say(f"{weights.where} on {device}, {precision}")
 
@@ -173,9 +173,9 @@ def write(options: SampleConfig, world: World) -> None:
                 seeds=[options.seed + i for i in batch], stop=tokenizer.EOT if options.stop else None,
             )  # fmt: skip
             if options.stream:
-                begin(first, prompts)
-            writer = Writer(encoding, sys.stdout) if options.stream else None
-            for piece in pieces(decoder, seconds, 1 if writer else EVERY):
+                print_prompt(first, prompts)
+            writer = TextStream(encoding, sys.stdout) if options.stream else None
+            for piece in timed_pieces(decoder, seconds, 1 if writer else EVERY):
                 for text, new in zip(texts, piece.tolist()):
                     text += new
                     if writer:
@@ -188,7 +188,7 @@ def write(options: SampleConfig, world: World) -> None:
             text = until_end(text) if options.stop else text
             written += len(text)
             if not options.stream:
-                begin(i, prompts)
+                print_prompt(i, prompts)
                 print(encoding.decode(text))
     read = sum(map(len, rows))
     say(
@@ -197,7 +197,7 @@ def write(options: SampleConfig, world: World) -> None:
     )
 
 
-def begin(i: int, prompts: Sequence[str]) -> None:
+def print_prompt(i: int, prompts: Sequence[str]) -> None:
     """Text i, up to where the model goes on."""
     print(f"--- {i + 1}/{len(prompts)} ---\n{prompts[i]}", end="", flush=True)
 

@@ -28,10 +28,10 @@ from gpt2fast.training import config, optim, plot, run
 from gpt2fast.training.config import PRESETS, TrainConfig
 from gpt2fast.training.log import Log
 from gpt2fast.training.memory import out_of_memory
-from gpt2fast.training.record import changes, read_record
+from gpt2fast.training.record import changed_settings, read_record
 from gpt2fast.training.run import Interrupt
 from gpt2fast.training.screen import Screen, header, summary
-from gpt2fast.training.session import Session, start
+from gpt2fast.training.session import Session, start_session
 from gpt2fast.training.skip_limit import SkipLimit
 from gpt2fast.weights import checkpoint
 
@@ -86,7 +86,7 @@ def sample_texts(s: Session) -> list[str]:
     return s.world.interleave(texts, c.samples)
 
 
-def save(s: Session, log: Log) -> None:
+def save_checkpoint(s: Session, log: Log) -> None:
     """As long as steps are being left out, no older checkpoint goes: weights never saw a NaN, but from the newest ones
     no batch could be computed, and if they are beyond that, what is good is older."""
     state = {
@@ -97,11 +97,11 @@ def save(s: Session, log: Log) -> None:
         "config": config.to_dict(s.config),
         "ops": asdict(s.choices.ops),
     }
-    keep = s.config.keep + log.limit.in_a_row
+    keep = s.config.keep + log.skip_limit.in_a_row
     checkpoint.save(s.checkpoints, s.step, s.model, s.take_step.optimizer, state, keep, s.world)
 
 
-def draw(s: Session) -> None:
+def draw_loss_curve(s: Session) -> None:
     if not s.world.main:
         return
     folder = s.config.folder
@@ -110,7 +110,7 @@ def draw(s: Session) -> None:
     gc.collect()  # a figure is a cycle of references around its pixels: 50 MB in 1000 steps of tests.long.soak
 
 
-def events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = ()) -> None:
+def run_due_events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = ()) -> None:
     """Validation, sample and checkpoint, where they are due after step `s.step` and metrics.jsonl has them not: `done`
     is what it has."""
     c = s.config
@@ -125,7 +125,7 @@ def events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = (
         log.val_loss = loss
         log.metrics.write({"step": s.step, "val_loss": loss})
         log.screen.say(f"step {s.step}: validation loss {loss:.4f}")
-        draw(s)
+        draw_loss_curve(s)
     if (
         due(c.hellaswag_every)
         and "hellaswag" not in done
@@ -139,18 +139,18 @@ def events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = (
             log.metrics.write({"step": s.step, "sample": text})
             log.screen.say(f"step {s.step}: sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
     if due(c.checkpoint_every):
-        save(s, log)
+        save_checkpoint(s, log)
     log.start_clock()
 
 
-def loop(s: Session, log: Log, interrupt: Interrupt) -> None:
+def train_loop(s: Session, log: Log, interrupt: Interrupt) -> None:
     """Steps until the last, `stop_at` or a signal to any rank. Then there is a checkpoint of the last finished step."""
     c = s.config
     batches = s.batches()
     end = min(c.steps, c.stop_at or c.steps)
     if s.step:  # the signal that ended the run before this one also ended the events of its last step
         there = json.dumps([name for row in log.metrics.before if row["step"] == s.step for name in row])
-        events(s, log, interrupt, json.loads(s.world.broadcast(there)))
+        run_due_events(s, log, interrupt, json.loads(s.world.broadcast(there)))
     while s.step < end and not s.world.largest(interrupt.signal or 0):
         lr = optim.learning_rate(s.step, peak=c.lr, floor=c.lr * c.lr_floor, warmup=c.warmup, total=c.steps)
         done = s.take_step(batches, lr, lambda: bool(s.world.largest(interrupt.overdue())))
@@ -158,10 +158,10 @@ def loop(s: Session, log: Log, interrupt: Interrupt) -> None:
             break
         s.step += 1
         log.step(lr, *done)
-        events(s, log, interrupt)
+        run_due_events(s, log, interrupt)
     log.flush()
-    save(s, log)
-    draw(s)
+    save_checkpoint(s, log)
+    draw_loss_curve(s)
 
 
 def write_record(s: Session) -> dict[str, list]:
@@ -169,14 +169,14 @@ def write_record(s: Session) -> dict[str, list]:
     path = s.config.folder / "config.json"
     row: dict = {
         "config": config.to_dict(s.config),
-        "resolved": s.resolved,
+        "resolved": s.choices_and_facts,
         "machine": versions.record(),
         "resumes": [],
     }
     changed = {}
     if s.config.resume:
         old = json.loads(path.read_text())
-        changed = changes(row["config"], old["config"])
+        changed = changed_settings(row["config"], old["config"])
         was, now = old["resolved"]["ops"], row["resolved"]["ops"]
         if s.config.backend == "auto" and was != now:  # on another device, say: the run goes on, not bit for bit
             changed["auto"] = [was, now]
@@ -192,15 +192,15 @@ def train(settings: TrainConfig, source: str = "settings as given", world: World
 
     Every rank of `world` calls it; rank 0 alone writes and prints.
     """
-    s = start(settings, world)
+    s = start_session(settings, world)
     c = s.config
     with locked(c.folder, "choose another name with --run NAME") if world.main else contextlib.nullcontext():
         if not c.resume and world.main:
-            run.check_free(c.folder)  # start did, but only now can nobody else write here
+            run.check_unused(c.folder)  # start_session did, but only now can nobody else write here
         print(header(s, source), flush=True)
         try:
             if world.main:
-                run.sweep(c.folder)
+                run.remove_unfinished(c.folder)
                 for name, (old, new) in write_record(s).items():
                     print(f"changed: {name} was {old} and is {new}", flush=True)
             tensorboard = c.folder / "tensorboard" if c.tensorboard else None
@@ -212,7 +212,7 @@ def train(settings: TrainConfig, source: str = "settings as given", world: World
                 else run.NoMetrics() as metrics,
             ):
                 log = Log(s, metrics, screen, SkipLimit(s))
-                loop(s, log, interrupt)
+                train_loop(s, log, interrupt)
         except torch.OutOfMemoryError:
             raise out_of_memory(c, begun=True) from None
         except OSError as error:

@@ -123,7 +123,7 @@ def no_picture(request, monkeypatch) -> None:
     """Training in this process draws no loss.png, which takes longer than its steps, unless the test asks for it."""
     train = sys.modules.get("gpt2fast.train")
     if train and "picture" not in request.fixturenames:
-        monkeypatch.setattr(train, "draw", lambda s: None)
+        monkeypatch.setattr(train, "draw_loss_curve", lambda s: None)
 
 
 @pytest.fixture(scope="session")

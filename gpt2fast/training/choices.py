@@ -45,7 +45,7 @@ def settle(c: TrainConfig, world: World = ALONE) -> Place:
     return Place(device, precision, memory)
 
 
-def said(words: Callable[[Any], str], bits: bool = True) -> dict:
+def shown(words: Callable[[Any], str], bits: bool = True) -> dict:
     """The metadata of a field of Choices: how the header says its value, and whether it changes the bits of a run."""
     return {"words": words, "bits": bits}
 
@@ -61,14 +61,14 @@ class Choices:
     device_name: str
     ranks: int
     torch: str
-    precision: Precision = field(metadata=said(lambda name: name if name == "fp32" else f"{name} autocast"))
-    tf32: bool | None = field(metadata=said(lambda on: "" if on is None else f"TF32 {'on' if on else 'off'}"))
-    residual: Precision = field(metadata=said(lambda name: f"residual stream {name}"))
-    compile: bool = field(metadata=said(lambda on: "compiled" if on else "not compiled"))
-    deterministic: bool = field(metadata=said(lambda on: "deterministic" * on, bits=False))
-    recompute: bool = field(metadata=said(lambda on: "blocks recomputed in backward" * on, bits=False))
-    cuda_graph: bool = field(metadata=said(lambda on: "CUDA graph" * on))
-    optimizer: str = field(metadata=said(lambda name: "" if name == "torch" else f"AdamW by {name}"))
+    precision: Precision = field(metadata=shown(lambda name: name if name == "fp32" else f"{name} autocast"))
+    tf32: bool | None = field(metadata=shown(lambda on: "" if on is None else f"TF32 {'on' if on else 'off'}"))
+    residual: Precision = field(metadata=shown(lambda name: f"residual stream {name}"))
+    compile: bool = field(metadata=shown(lambda on: "compiled" if on else "not compiled"))
+    deterministic: bool = field(metadata=shown(lambda on: "deterministic" * on, bits=False))
+    recompute: bool = field(metadata=shown(lambda on: "blocks recomputed in backward" * on, bits=False))
+    cuda_graph: bool = field(metadata=shown(lambda on: "CUDA graph" * on))
+    optimizer: str = field(metadata=shown(lambda name: "" if name == "torch" else f"AdamW by {name}"))
     copies: Copies
     ops: OpsConfig
     auto: dict[str, dict] | None = field(metadata={"bits": False})
@@ -89,7 +89,7 @@ def choose(c: Resolved, place: Place, world: World = ALONE, before: tuple[TrainC
     device, precision = place.device, place.precision
     compiled = compiling_pays(c, device) if c.compile == "auto" else c.compile == "on"
     residual = residual_dtype(c, place)
-    chosen = choose_ops(c, place, compiled, residual, before) if world.main else None
+    chosen = choose_training_ops(c, place, compiled, residual, before) if world.main else None
     chosen = auto.from_json(world.broadcast(auto.to_json(chosen)))
     optimizer = "triton" if adamw_is_ours(c, chosen.ops, place) else "torch"
     return Choices(
@@ -157,7 +157,7 @@ def adamw_is_ours(c: TrainConfig, chosen: OpsConfig, place: Place) -> bool:
     return c.optimizer == "triton"
 
 
-def choose_ops(
+def choose_training_ops(
     c: Resolved, place: Place, compiled: bool, residual: Precision, before: tuple[TrainConfig, dict] | None
 ) -> auto.Choice:
     """What --backend and --ops say; what they leave open is measured, or on --resume taken as it was."""

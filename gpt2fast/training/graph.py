@@ -23,7 +23,7 @@ from gpt2fast.model import GPT
 from gpt2fast.training import optim
 from gpt2fast.training.step import Batch, TrainingStep
 
-WARM = 3  # steps that are not recorded
+UNRECORDED = 3  # steps that are not recorded
 
 
 class GraphedStep(TrainingStep):
@@ -40,7 +40,7 @@ class GraphedStep(TrainingStep):
     def __call__(
         self, batches: Iterator[Batch], lr: float, give_up: Callable[[], bool] = lambda: False
     ) -> tuple[Tensor, Tensor] | None:
-        if self._taken < WARM:
+        if self._taken < UNRECORDED:
             self._taken += 1
             with aside(self.device):
                 return super().__call__(batches, lr, give_up)
@@ -50,10 +50,10 @@ class GraphedStep(TrainingStep):
             batch = next(batches)
             if not self._graphs:
                 self._record(batch)
-            for place, tensor in zip(self._batch, batch):
-                place.copy_(tensor, non_blocking=True)
+            for buffer, tensor in zip(self._batch, batch):
+                buffer.copy_(tensor, non_blocking=True)
             self._graphs["next" if i else "first"].replay()
-        self.set_rate(lr)
+        self.set_lr(lr)
         self.optimizer.send_numbers()
         self._graphs["update"].replay()
         return self._total.clone(), self._norm.clone()
@@ -70,11 +70,11 @@ class GraphedStep(TrainingStep):
         self._graphs["first"] = first
         if self.accumulation > 1:
             self._graphs["next"] = record_graph(lambda: self._total.add_(self.micro_batch(*self._batch)), first)
-        self.optimizer.refresh()  # now, since a copy from the host would be recorded with it
+        self.optimizer.refresh_table()  # now, since a copy from the host would be recorded with it
         self._graphs["update"] = record_graph(lambda: self._norm.copy_(self.clip_and_update()), first)
 
     def clip_and_update(self) -> Tensor:
         """What the device does in an update; the norm."""
         norm = self.optimizer.gradient_norm()
-        self.optimizer.update(optim.divisor(norm, self.grad_clip).float())
+        self.optimizer.update(optim.clip_divisor(norm, self.grad_clip).float())
         return norm

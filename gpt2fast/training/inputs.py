@@ -32,12 +32,12 @@ class Inputs:
     before: tuple[TrainConfig, dict] | None
 
 
-def read(c: Resolved, world: World = ALONE) -> Inputs:
+def read_inputs(c: Resolved, world: World = ALONE) -> Inputs:
     """UserError on what is missing, damaged, or does not fit the settings."""
     if c.tensorboard:
         run.check_tensorboard()
     if not c.resume and world.main:
-        run.check_free(c.folder)
+        run.check_unused(c.folder)
     if c.sample_every:
         tokenizer.load(c.tokenizer_file)
     weights = initial_weights(c)

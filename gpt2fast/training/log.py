@@ -11,7 +11,7 @@ from torch import Tensor
 from gpt2fast.training import run
 from gpt2fast.training.screen import Screen
 from gpt2fast.training.session import Session
-from gpt2fast.training.skip_limit import SkipLimit, is_left_out
+from gpt2fast.training.skip_limit import SkipLimit, is_skipped
 
 LOG_SECONDS = 1.0  # on CUDA, unless --log-every says how many steps
 SUMMARY_STEPS = 20  # the summary's training loss is the mean of so many steps
@@ -45,8 +45,8 @@ class Log:
     `limit` is called with each row that was read back, and may end the run.
     """
 
-    def __init__(self, s: Session, metrics: run.Metrics | run.NoMetrics, screen: Screen, limit: SkipLimit):
-        self.s, self.metrics, self.screen, self.limit = s, metrics, screen, limit
+    def __init__(self, s: Session, metrics: run.Metrics | run.NoMetrics, screen: Screen, skip_limit: SkipLimit):
+        self.s, self.metrics, self.screen, self.skip_limit = s, metrics, screen, skip_limit
         self.val_loss: float | None = None
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._losses: deque[float] = deque(maxlen=SUMMARY_STEPS)
@@ -92,7 +92,7 @@ class Log:
         c = self.s.config
         speed = c.total_batch * len(steps) / seconds
         for step, lr, loss, norm in zip(steps, rates, losses, norms):
-            self.skipped += is_left_out(loss, norm)
+            self.skipped += is_skipped(loss, norm)
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": step * c.total_batch}
             row |= {"tokens_per_s": round(speed, 1), "mfu": self.s.mfu(speed), "skipped": self.skipped}
             row |= self._z_scores(row)
@@ -100,7 +100,7 @@ class Log:
             if math.isfinite(loss):
                 self._losses.append(loss)
             self._announce(row)
-            self.limit(row)
+            self.skip_limit.check(row)
         self.screen.step(row, eta=(c.steps - self.s.step) * median(self._step_seconds))
         self.start_clock()
 
@@ -116,7 +116,7 @@ class Log:
     def _announce(self, row: dict) -> None:
         """Show what is unusual about a step: it was left out, or its loss is a spike."""
         step, loss, norm = row["step"], row["loss"], row["grad_norm"]
-        if is_left_out(loss, norm):
+        if is_skipped(loss, norm):
             self.screen.say(f"step {step}: left out, loss {loss}, norm {norm} ({self.skipped} so far)")
         elif 0 < self.s.config.spike < abs(row["loss_z"]):
             z = f"{row['loss_z']:+.2f} standard deviations from the mean of the last {WINDOW}"

@@ -63,13 +63,13 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here is done twice
-        shorten = torch.ones(()) if self.grad_scale is None else self.grad_scale
+        divisor = torch.ones(()) if self.grad_scale is None else self.grad_scale
         for group in self.param_groups:
             for weight in group["params"]:
                 copy = self.copies.get(weight)
                 # a copy has a gradient on a CPU only, where asking found_inf waits for nothing
                 if copy is not None and copy.grad is not None and not self.found_inf:
-                    self._step_with_copy(group, weight, copy, shorten)
+                    self._step_with_copy(group, weight, copy, divisor)
         super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -85,7 +85,7 @@ class AdamW(torch.optim.AdamW):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         return state
 
-    def _step_with_copy(self, group: dict, weight: Tensor, copy: Tensor, shorten: Tensor) -> None:
+    def _step_with_copy(self, group: dict, weight: Tensor, copy: Tensor, divisor: Tensor) -> None:
         assert copy.grad is not None
         state = self._state(weight)
         state["step"] += 1
@@ -94,7 +94,7 @@ class AdamW(torch.optim.AdamW):
             beta1, beta2, group["eps"], 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta2**step
         )  # fmt: skip
         tensors = weight, copy, copy.grad, state["exp_avg"], state["exp_avg_sq"]
-        _compiled(_update)(*(x.view(-1) for x in tensors), shorten, torch.tensor(numbers))
+        _compile(_update_weight)(*(x.view(-1) for x in tensors), divisor, torch.tensor(numbers))
 
 
 class TritonAdamW(AdamW):
@@ -131,17 +131,17 @@ class TritonAdamW(AdamW):
             self._table.set_numbers(torch.stack(numbers, 1))
 
     @torch.no_grad()
-    def update(self, shorten: Tensor | None = None) -> None:
-        """Weights, moments and copies, from gradients that are divided by `shorten`; nothing where it is not finite."""
-        self.refresh()
-        self._kernels.adamw_(self._table, torch.ones((), device=self._table.device) if shorten is None else shorten)
+    def update(self, divisor: Tensor | None = None) -> None:
+        """Weights, moments and copies, from gradients that are divided by `divisor`; nothing where it is not finite."""
+        self.refresh_table()
+        self._kernels.adamw_(self._table, torch.ones((), device=self._table.device) if divisor is None else divisor)
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        self.refresh()
+        self.refresh_table()
         return self._kernels.gradient_norm(self._table)
 
-    def refresh(self) -> None:
+    def refresh_table(self) -> None:
         """Gradients may be elsewhere in each step, moments after a checkpoint was loaded."""
         rows = []
         for _, weight, holder, state in self._with_gradients():
@@ -166,29 +166,29 @@ class TritonAdamW(AdamW):
 
 
 @cache
-def _compiled(fn: Callable) -> Callable:
+def _compile(fn: Callable) -> Callable:
     """At its first use, for any length: torch.compile imports a lot."""
     return torch.compile(fn, dynamic=True)
 
 
-def _update(w: Tensor, copy: Tensor, g: Tensor, m: Tensor, v: Tensor, shorten: Tensor, numbers: Tensor) -> None:
+def _update_weight(w: Tensor, copy: Tensor, g: Tensor, m: Tensor, v: Tensor, divisor: Tensor, numbers: Tensor) -> None:
     """Algorithm 2 of the paper, in place; everything flat, computed in fp32."""
     beta1, beta2, eps, keep, lr, correction = numbers.unbind()
-    g = g.float() / shorten
+    g = g.float() / divisor
     m.copy_(beta1 * m + (1 - beta1) * g)
     v.copy_(beta2 * v + (1 - beta2) * g * g)
     w.copy_(keep * w - lr * m / ((v / correction).sqrt() + eps))
     copy.copy_(w)
 
 
-def _split(g: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_and_rest(g: Tensor) -> tuple[Tensor, Tensor]:
     """Flat numbers as rows of ROW, and the rest of them."""
     whole = len(g) // ROW
     return g[: whole * ROW].view(whole, ROW), g[whole * ROW :]
 
 
 def _square_sum(g: Tensor) -> Tensor:
-    rows, rest = _split(g)
+    rows, rest = _rows_and_rest(g)
     return (rows.float() ** 2).sum(1).sum() + (rest.float() ** 2).sum()
 
 
@@ -202,9 +202,9 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
 
 @torch.no_grad()
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, longest: float, scaler: torch.amp.GradScaler | None = None
+    optimizer: torch.optim.Optimizer, max_norm: float, scaler: torch.amp.GradScaler | None = None
 ) -> Tensor:
-    """Shorten the gradient to a norm of at most `longest`, and step; the norm before (0-d, on the device).
+    """Shorten the gradient to a norm of at most `max_norm`, and step; the norm before (0-d, on the device).
 
     If the norm is not finite, the step does nothing. A fused optimizer divides by `grad_scale` on its way, which saves
     a pass, and finds in `found_inf` (TritonAdamW in `grad_scale`) whether to do anything, so that the host waits for
@@ -218,11 +218,11 @@ def clip_and_step(
     norm = optimizer.gradient_norm() if isinstance(optimizer, TritonAdamW) else gradient_norm(gradients)
     local: Any = unwrapped(optimizer)
     if all(group.get("fused") for group in optimizer.param_groups):
-        local.grad_scale = divisor(norm, longest).float()
+        local.grad_scale = clip_divisor(norm, max_norm).float()
         if not isinstance(local, TritonAdamW):
             local.found_inf = (~norm.isfinite()).float()
     else:
-        torch._foreach_div_(gradients, divisor(norm, longest))
+        torch._foreach_div_(gradients, clip_divisor(norm, max_norm))
         if not norm.isfinite():
             optimizer.zero_grad(set_to_none=True)
     try:
@@ -234,9 +234,9 @@ def clip_and_step(
     return norm
 
 
-def divisor(norm: Tensor, longest: float) -> Tensor:
+def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
     """What the gradient is divided by. It is not finite where the norm is not: inf / inf is NaN."""
-    return (norm / longest).clamp(min=1.0)
+    return (norm / max_norm).clamp(min=1.0)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
@@ -247,8 +247,8 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     squares = []
     for g in map(torch.flatten, gradients):
         if g.dtype == torch.bfloat16:
-            squares.append(_compiled(_square_sum)(g))
+            squares.append(_compile(_square_sum)(g))
         else:
-            rows, rest = _split(g)
+            rows, rest = _rows_and_rest(g)
             squares.append(torch.linalg.vector_norm(rows, dim=1).square().sum() + torch.dot(rest, rest))
     return torch.stack(squares).sum().sqrt()

@@ -36,7 +36,7 @@ class Run:
     unigram_entropy: float
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata=MADE_HERE)
@@ -62,7 +62,7 @@ def loss_curve(rows: Iterable[dict], path: Path, title: str, unigram_entropy: fl
     _entropy_line(axes, unigram_entropy)
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def compare(runs: Sequence[Run]) -> "Figure":

@@ -13,7 +13,7 @@ FACTS = {"parameters": int, "unigram_entropy": float, "data_fingerprint": str}  
 NEEDED = ("device_name", "ranks", "precision", "residual", "compile", "ops", "auto")  # the rest is newer than some runs
 
 
-def resolved(choices: Choices, **facts: float | str) -> dict:
+def choices_and_facts(choices: Choices, **facts: float | str) -> dict:
     """What stands beside the settings, plain JSON."""
     assert set(facts) == set(FACTS)
     return asdict(choices) | facts
@@ -39,14 +39,14 @@ def read_record(folder: Path) -> tuple[TrainConfig, dict]:
         raise UserError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None
 
 
-def changes(new: dict, old: dict) -> dict[str, list]:
+def changed_settings(new: dict, old: dict) -> dict[str, list]:
     """{setting: [old, new]} of two `to_dict`s, without the settings that only say where and how a run is started."""
     old = to_dict(from_dict(old))  # it may have fewer settings
     started = ("resume", "stop_at", "out", "run")
     return {name: [old[name], new[name]] for name in new if new[name] != old[name] and name not in started}
 
 
-def changed_bits(choices: Choices, was: dict) -> tuple[str, object, object] | None:
+def changed_choice(choices: Choices, was: dict) -> tuple[str, object, object] | None:
     """The first choice (name, earlier, now) that would change the bits of a run, if there is one."""
     for f in fields(choices):
         now = asdict(choices)[f.name]

@@ -20,7 +20,7 @@ from gpt2fast.errors import UserError
 from gpt2fast.files.atomic import named, write_atomic
 
 
-def check_free(folder: Path) -> None:
+def check_unused(folder: Path) -> None:
     """UserError if there is anything in `folder`; writes nothing."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder with --out or --run")
@@ -39,7 +39,7 @@ def run_folder(source: str | Path) -> Path | None:
     return next(found, None)
 
 
-def sweep(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for place in (folder, folder / "checkpoints"):
         for path in place.glob(".*.tmp") if place.is_dir() else ():

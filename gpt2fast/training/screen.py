@@ -22,12 +22,12 @@ def header(s: Session, source: str) -> str:
     ranks = f"{s.world.size} processes x " if s.world.size > 1 else ""
     expected = math.log(m.vocab_size)
     untrained = not s.step and c.init_from is None
-    text = _table({
+    text = _aligned({
         "run": f"{c.folder}, {source}" + (f", from step {s.step}" if s.step else ""),
         **({"weights": f"begun with {c.init_from}"} if c.init_from else {}),
         "device": f"{choices.device_name} ({choices.device})",
         "precision": choices.words(),
-        "ops": _ops(vars(choices.ops), choices.auto),
+        "ops": _ops_text(vars(choices.ops), choices.auto),
         "model": f"{m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, block {m.block_size}: {n:,} parameters",
         "tied head": f"one matrix for embedding and head saves {tied:,} parameters, {100 * tied / n:.0f}% of {n:,}",
         "data": f"{c.data} ({dataset.fingerprint}): {train:,} training tokens, {val:,} for validation",
@@ -54,9 +54,9 @@ def summary(s: Session, loss: float | None, val_loss: float | None, speed: float
         f"{value:.3f} {name}" for name, value in (("training", loss), ("validation", val_loss)) if value is not None
     ]
     done = s.step == c.steps
-    return _table({
+    return _aligned({
         "trained": f"{s.step:,} of {c.steps:,} steps, {s.step * c.total_batch:,} tokens, {clock(s.seconds)}",
-        "speed": f"{speed:,.0f} tokens/s, MFU {share(s.mfu(speed))}",
+        "speed": f"{speed:,.0f} tokens/s, MFU {percent(s.mfu(speed))}",
         "loss": f"{', '.join(losses) or 'no step was taken'}; unigram entropy {s.inputs.entropy:.3f}",
         "files": f"{c.folder}: loss.png, metrics.jsonl, config.json, checkpoints/step_{s.step:08d}",
         "next": f'python -m gpt2fast.sample {c.folder} --prompt "{c.prompt}"' if done
@@ -87,7 +87,7 @@ class Screen:
         text = (
             f"step {row['step']:>{len(str(self._total))}}/{self._total}  loss {row['loss']:.3f}{_z(row, 'loss_z')}  "
             f"lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}{_z(row, 'norm_z')}  {row['tokens_per_s']:,.0f} tok/s  "
-            f"MFU {share(row['mfu'])}  ETA {clock(eta)}"
+            f"MFU {percent(row['mfu'])}  ETA {clock(eta)}"
         )
         if self._bar is not None:
             self._bar.n = row["step"]
@@ -120,21 +120,23 @@ def _z(row: dict, name: str) -> str:
     return f" ({z:+.2f}z)" if math.isfinite(z) else ""
 
 
-def share(value: float | None) -> str:
+def percent(value: float | None) -> str:
     """A utilisation, or "unknown"."""
     return "unknown" if value is None else f"{100 * value:.1f}%"
 
 
-def _ops(chosen: dict[str, str], times: dict[str, dict[str, float | str]] | None) -> str:
+def _ops_text(chosen: dict[str, str], times: dict[str, dict[str, float | str]] | None) -> str:
     """Who computes what; of --backend auto's choice a line an op, with what the others took."""
     if times:
-        return "auto, forward + backward\n" + "\n".join(_choice(op, name, times.get(op)) for op, name in chosen.items())
+        return "auto, forward + backward\n" + "\n".join(
+            _op_text(op, name, times.get(op)) for op, name in chosen.items()
+        )
     names = set(chosen.values())
     text = names.pop() if len(names) == 1 else ", ".join(f"{op}={name}" for op, name in chosen.items())
     return text if times is None else f"auto: {text}"
 
 
-def _choice(op: str, name: str, results: dict[str, float | str] | None) -> str:
+def _op_text(op: str, name: str, results: dict[str, float | str] | None) -> str:
     if results is None:
         return f"{op}={name}, as --ops says"
     others = {
@@ -143,6 +145,6 @@ def _choice(op: str, name: str, results: dict[str, float | str] | None) -> str:
     return f"{op}={name} {results[name]:.2f} ms ({', '.join(f'{other} {ms}' for other, ms in others.items())})"
 
 
-def _table(rows: dict[str, str]) -> str:
+def _aligned(rows: dict[str, str]) -> str:
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in rows.items())

@@ -2,9 +2,9 @@
 
     place     device, precision, memory                                   choices.settle
     config    nothing in it follows from others any more                  config.resolve
-    inputs    weights, data, examples                                     inputs.read
+    inputs    weights, data, examples                                     inputs.read_inputs
     choices   what every "auto" became                                    choices.choose
-    session   the model and its step, built, resumed and rehearsed        start
+    session   the model and its step, built, resumed and rehearsed        start_session
 
 Each is asked once. So whatever cannot work (data, device, memory, a checkpoint that does not fit) is refused before a
 run has begun.
@@ -27,9 +27,9 @@ from gpt2fast.training import config, flops, optim
 from gpt2fast.training.choices import Choices, Place, check_possible, choose, settle
 from gpt2fast.training.config import Resolved, TrainConfig
 from gpt2fast.training.graph import GraphedStep
-from gpt2fast.training.inputs import Inputs, read
+from gpt2fast.training.inputs import Inputs, read_inputs
 from gpt2fast.training.memory import out_of_memory
-from gpt2fast.training.record import changed_bits, resolved
+from gpt2fast.training.record import changed_choice, choices_and_facts
 from gpt2fast.training.step import TrainingStep
 from gpt2fast.weights import checkpoint
 from gpt2fast.weights.foreign import Weights
@@ -61,9 +61,9 @@ class Session:
         return self.config.accumulation // self.world.size
 
     @property
-    def resolved(self) -> dict:
+    def choices_and_facts(self) -> dict:
         """What config.json keeps beside the settings."""
-        return resolved(
+        return choices_and_facts(
             self.choices,
             parameters=parameter_count(self.model),
             unigram_entropy=self.inputs.entropy,
@@ -81,7 +81,7 @@ class Session:
         return self.inputs.train.batches(first, self.place.device, self.world.size)
 
 
-def start(settings: TrainConfig, world: World = ALONE) -> Session:
+def start_session(settings: TrainConfig, world: World = ALONE) -> Session:
     """Get a run ready. UserError on anything that would stop it later. Every rank calls it."""
     place = settle(settings, world)
     c = config.resolve(settings, place.memory, world.size)
@@ -89,12 +89,12 @@ def start(settings: TrainConfig, world: World = ALONE) -> Session:
     here = {"torch": torch.__version__, "device": place.device.type, "precision": place.precision}
     world.check_same(config.to_dict(c) | here)
     check_possible(c, place, world)
-    inputs = read(c, world)
+    inputs = read_inputs(c, world)
     set_tf32(place.device, c.tf32)
     set_deterministic(place.device, c.deterministic)
     choices = choose(c, place, world, inputs.before)
     world = world.on(place.device)
-    model = build_model(c, place, choices, inputs.weights)
+    model = initial_model(c, place, choices, inputs.weights)
     inputs = replace(inputs, weights=None)  # the model has copied them
     take_step = build_step(c, choices, model, world)
     s = Session(
@@ -108,7 +108,7 @@ def start(settings: TrainConfig, world: World = ALONE) -> Session:
     return s
 
 
-def build_model(c: Resolved, place: Place, choices: Choices, weights: Weights | None) -> GPT:
+def initial_model(c: Resolved, place: Place, choices: Choices, weights: Weights | None) -> GPT:
     built = ops.build(choices.ops, place.device.type)
     low = choices.residual != "fp32"
     model = GPT(c.model, built, c.seed, residual="low" if low else "fp32", recompute=choices.recompute)
@@ -158,7 +158,7 @@ def check_same_bits(s: Session, before: TrainConfig, was: dict) -> None:
     """UserError where --deterministic would continue with other bits than the run began with."""
     if not (s.config.deterministic and before.deterministic):
         return
-    if found := changed_bits(s.choices, was):
+    if found := changed_choice(s.choices, was):
         name, old, new = found
         raise UserError(
             f"run {s.config.folder} had {name} = {old}, and now it is {new}: its bits would change, "

@@ -13,7 +13,7 @@ from gpt2fast.weights import checkpoint
 SCALE_FLOOR = 1.0  # of fp16's loss: a gradient that overflows there overflows by itself
 
 
-def is_left_out(loss: float, norm: float) -> bool:
+def is_skipped(loss: float, norm: float) -> bool:
     return not (math.isfinite(loss) and math.isfinite(norm))
 
 
@@ -23,10 +23,10 @@ class SkipLimit:
     def __init__(self, s: Session):
         self.s, self.in_a_row = s, 0
 
-    def __call__(self, row: dict) -> None:
+    def check(self, row: dict) -> None:
         """RunError if the step is one too many that was left out."""
         step, loss, norm, limit = row["step"], row["loss"], row["grad_norm"], self.s.config.skip_limit
-        if not is_left_out(loss, norm):
+        if not is_skipped(loss, norm):
             self.in_a_row = 0
             return
         if math.isfinite(loss) and self.s.take_step.scaler.get_scale() > SCALE_FLOOR:

@@ -26,7 +26,7 @@ Copies = Literal["autocast", "rounded", "written"]
 """
 
 
-def compiled(model: GPT, device: torch.device, mode: str | None = None) -> nn.Module:
+def compile_model(model: GPT, device: torch.device, mode: str | None = None) -> nn.Module:
     """The model by torch.compile, `mode` as there; it shares the weights of `model`, which stays uncompiled.
 
     On a CPU block by block: all blocks share one compilation, so that it takes seconds and not a minute; and the
@@ -99,7 +99,7 @@ class TrainingStep:
         if isinstance(optimizer, optim.AdamW):
             optimizer.copies = dict(self.rounded.copies) if self.rounded and written else {}
         forward = self.rounded.model if self.rounded else model
-        self.forward = world.replicate(compiled(forward, self.device, mode) if compile else forward)
+        self.forward = world.replicate(compile_model(forward, self.device, mode) if compile else forward)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class TrainingStep:
             with self.no_sync() if left else contextlib.nullcontext():
                 total += self.micro_batch(*next(batches))
         self.world.mean_(total)
-        self.set_rate(lr)
+        self.set_lr(lr)
         return total, self.update()
 
     def micro_batch(self, x: Tensor, y: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class TrainingStep:
         """Where DDP is, they lie in its buckets, and stay there."""
         self.optimizer.zero_grad(set_to_none=self.world.size == 1)
 
-    def set_rate(self, lr: float) -> None:
+    def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 

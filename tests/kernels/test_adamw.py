@@ -270,7 +270,7 @@ def test_a_captured_update_takes_the_numbers_of_its_step(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         norm = captured.optimizer.gradient_norm()
-        captured.optimizer.update(optim.divisor(norm, 0.5).float())
+        captured.optimizer.update(optim.clip_divisor(norm, 0.5).float())
     for lr in (1e-2, 1e-3):
         for run in runs:
             for group in run.optimizer.param_groups:

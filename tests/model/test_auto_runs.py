@@ -14,7 +14,7 @@ from gpt2fast.ops import NAMES, OpsConfig
 from gpt2fast.train import train
 from gpt2fast.training import screen
 from gpt2fast.training.record import read_record
-from gpt2fast.training.session import start
+from gpt2fast.training.session import start_session
 from gpt2fast.weights import load
 from tests.tools import tiny
 from tests.tools.runs import assert_same_run, metrics
@@ -90,7 +90,7 @@ def test_a_choice_for_something_else_is_made_anew_on_resume(change, tmp_path, ca
 
 def test_the_model_computes_with_the_choice(tmp_path, planted):
     planted["attention"]["torch"] = 0.5
-    s = start(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="torch")))
+    s = start_session(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="torch")))
     compiled = {op for op in NAMES if isinstance(getattr(s.model.ops, op), partial)}
     assert compiled == set(NAMES) - {"attention", "mlp"}
     assert compiled == {op for op, name in asdict(s.choices.ops).items() if name != "torch"}
@@ -116,17 +116,17 @@ def test_no_memory_for_torch_is_said_in_one_line(tmp_path, planted, monkeypatch)
 
     monkeypatch.setattr(auto, "measure_op", measure_op)
     with pytest.raises(RunError, match=r"out of memory with --batch-size 2 .*: take --batch-size 1"):
-        start(tiny.config(tmp_path, backend="auto"))
+        start_session(tiny.config(tmp_path, backend="auto"))
 
 
 def test_an_op_that_was_named_and_cannot_be_built_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=r"needs a CUDA GPU, and this run is on cpu"):
-        start(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="triton")))
+        start_session(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="triton")))
 
 
 def test_refused_candidates_are_shown():
-    text = screen._ops({"mlp": "torch"}, {"mlp": {"torch": 1.0, "triton": "ValueError: a long story"}})
+    text = screen._ops_text({"mlp": "torch"}, {"mlp": {"torch": 1.0, "triton": "ValueError: a long story"}})
     assert text.endswith("mlp=torch 1.00 ms (triton refused)")
 
 

@@ -53,8 +53,8 @@ def test_a_run_is_evaluated_on_its_own_data(run):
 
 def test_other_data_is_noted(run, tmp_path):
     result = evaluate.evaluate(settings(run, data=str(tiny.write_data(tmp_path / "other", seed=1))))
-    assert "trained on other data" in evaluate.table(result)
-    assert "trained on other data" not in evaluate.table(evaluate.evaluate(settings(run)))
+    assert "trained on other data" in evaluate.results_table(result)
+    assert "trained on other data" not in evaluate.results_table(evaluate.evaluate(settings(run)))
 
 
 def test_hellaswag_of_a_run(run, tmp_path):
@@ -63,7 +63,7 @@ def test_hellaswag_of_a_run(run, tmp_path):
     assert result["hellaswag"]["examples"] == 5
     assert result["hellaswag"]["cut"] > 0
     assert "loss" not in result
-    assert f"5 examples, {result['hellaswag']['cut']} with a shortened context" in evaluate.table(result)
+    assert f"5 examples, {result['hellaswag']['cut']} with a shortened context" in evaluate.results_table(result)
 
 
 def test_command_line(run, tmp_path, run_module):

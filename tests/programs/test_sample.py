@@ -101,15 +101,15 @@ def test_a_file_that_is_no_prompt(data, error, tmp_path):
 
 
 def test_a_prompt_must_fit_into_the_window(model):
-    assert sample.encode_all(ENCODING, ["a" + " a" * 14], model) == [[tokenizer.EOT, 64, *[257] * 14]]
+    assert sample.encode_prompts(ENCODING, ["a" + " a" * 14], model) == [[tokenizer.EOT, 64, *[257] * 14]]
     with pytest.raises(UserError, match=r"prompt 2 has 17 tokens with <.endoftext.> before it, and the model sees 16"):
-        sample.encode_all(ENCODING, ["a", "a" + " a" * 15], model)
+        sample.encode_prompts(ENCODING, ["a", "a" + " a" * 15], model)
 
 
 def test_the_vocabulary_must_be_gpt2s():
     other = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=65), build(OpsConfig()))
     with pytest.raises(UserError, match="the model has a vocabulary of 65, and GPT-2's tokenizer has 50257"):
-        sample.encode_all(ENCODING, ["a"], other)
+        sample.encode_prompts(ENCODING, ["a"], other)
 
 
 # the command
@@ -146,8 +146,8 @@ def test_a_stream_is_the_text_in_pieces(written, capsys, monkeypatch):
     broken = next(tokens[:i] for i in range(len(tokens)) if "\ufffd" in ENCODING.decode(tokens[:i]))
     written([*tokens, tokenizer.EOT], broken)
     shown = []
-    real = sample.Writer.write
-    monkeypatch.setattr(sample.Writer, "write", lambda *args, **options: real(*args, **options) or shown.append(1))
+    real = sample.TextStream.write
+    monkeypatch.setattr(sample.TextStream, "write", lambda *args, **options: real(*args, **options) or shown.append(1))
     out, err = run(capsys, "--prompt", "Hello ", "--samples", "2", "--stream")
     assert out == f"--- 1/2 ---\nHello naïve 🧭 日本 end\n--- 2/2 ---\nHello {ENCODING.decode(broken)}\n"
     assert err.startswith("a-run on cpu, ")

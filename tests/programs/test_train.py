@@ -9,7 +9,7 @@ import torch
 
 from gpt2fast.train import train
 from gpt2fast.training import optim
-from gpt2fast.training.session import start
+from gpt2fast.training.session import start_session
 from gpt2fast.weights import checkpoint
 from tests.tools import tiny
 from tests.tools.runs import assert_same_run, metrics
@@ -108,7 +108,7 @@ def test_trains_on_cuda_in_every_precision(tmp_path, capsys, precision):
 
 @pytest.mark.gpu
 def test_a_step_on_cuda_does_not_wait_for_the_device(tmp_path):
-    s = start(tiny.config(tmp_path, device="cuda", precision="bf16", compile="off"))
+    s = start_session(tiny.config(tmp_path, device="cuda", precision="bf16", compile="off"))
     stream = s.inputs.train.batches(0, s.place.device)
     s.take_step(stream, 1e-3)
     torch.cuda.set_sync_debug_mode("error")

@@ -66,7 +66,7 @@ def _run(work: Callable[..., int | None], args: tuple) -> int:
     from gpt2fast import train
     from gpt2fast.errors import RunError, UserError
 
-    train.draw = lambda s: None  # a picture takes longer than the run
+    train.draw_loss_curve = lambda s: None  # a picture takes longer than the run
     try:
         return work(*args) or 0
     except (UserError, RunError) as error:

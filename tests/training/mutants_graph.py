@@ -4,7 +4,7 @@ from tests.tools.mutation import Mutant
 
 MUTANTS = [
     Mutant(
-        "place.copy_(tensor, non_blocking=True)",
+        "buffer.copy_(tensor, non_blocking=True)",
         "pass",
         "the recorded batch, again and again",
         "test_a_recorded_step_is_the_step",
@@ -21,5 +21,5 @@ MUTANTS = [
         "the settings of the recorded step",
         "test_a_recorded_step_is_the_step",
     ),
-    Mutant("        self.set_rate(lr)\n", "", "the recorded learning rate", "test_a_recorded_step_is_the_step"),
+    Mutant("        self.set_lr(lr)\n", "", "the recorded learning rate", "test_a_recorded_step_is_the_step"),
 ]

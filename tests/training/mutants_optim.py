@@ -22,7 +22,7 @@ MUTANTS = [
         "training/test_step.py::test_gradients_of_copies_on_a_cpu",
     ),
     Mutant(
-        "g = g.float() / shorten",
+        "g = g.float() / divisor",
         "g = g.float()",
         "gradients are not clipped",
         "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",

@@ -10,9 +10,9 @@ from gpt2fast.errors import UserError
 from gpt2fast.training import choices
 from gpt2fast.training.choices import Choices, Place
 from gpt2fast.training.config import PRESETS
-from gpt2fast.training.record import changed_bits
+from gpt2fast.training.record import changed_choice
 from gpt2fast.training.screen import header
-from gpt2fast.training.session import start
+from gpt2fast.training.session import start_session
 from gpt2fast.training.step import kind_of_copies
 from tests.tools import tiny
 
@@ -46,12 +46,14 @@ def test_it_needs_our_optimizer(optimizer, precision, tmp_path, monkeypatch):
 
 
 def test_each_choice_is_recorded_compared_and_the_header_says_those_with_words(tmp_path):
-    s = start(tiny.config(tmp_path))
+    s = start_session(tiny.config(tmp_path))
     names = [f.name for f in fields(Choices)]
-    assert list(s.resolved)[: len(names)] == names
-    assert json.loads(json.dumps(s.resolved)) == s.resolved
-    assert changed_bits(s.choices, s.resolved) is None
-    ignored = {f.name for f in fields(Choices) if changed_bits(s.choices, s.resolved | {f.name: "another"}) is None}
+    assert list(s.choices_and_facts)[: len(names)] == names
+    assert json.loads(json.dumps(s.choices_and_facts)) == s.choices_and_facts
+    assert changed_choice(s.choices, s.choices_and_facts) is None
+    ignored = {
+        f.name for f in fields(Choices) if changed_choice(s.choices, s.choices_and_facts | {f.name: "another"}) is None
+    }
     assert ignored == {"device", "deterministic", "recompute", "auto"}
     assert f"precision   {s.choices.words()}\n" in header(s, "")
 

@@ -14,7 +14,7 @@ from gpt2fast import train
 from gpt2fast.data import shards
 from gpt2fast.errors import UserError
 from gpt2fast.machine import device
-from gpt2fast.training.session import start
+from gpt2fast.training.session import start_session
 from gpt2fast.training.step import TrainingStep
 from gpt2fast.weights import checkpoint
 from tests.tools import tiny
@@ -81,7 +81,7 @@ def stopped_at(c, *stops):
 )
 def test_stopped_and_resumed_is_the_run_that_was_not(tmp_path, capsys, changes, stops):
     straight, parts = (settings(tmp_path, run=name, **changes) for name in ("straight", "parts"))
-    assert straight.total_batch != 96 or start(straight).inputs.train.batches_per_epoch == 31
+    assert straight.total_batch != 96 or start_session(straight).inputs.train.batches_per_epoch == 31
     assert train.train(straight) == 0
     stopped_at(parts, *stops)
     assert_same_bits(straight, parts)
@@ -157,7 +157,7 @@ def test_two_deterministic_runs_of_our_kernels_are_one(tmp_path, capsys):
 
 def test_it_is_refused_where_ops_are_picked_by_time(tmp_path):
     with pytest.raises(UserError, match="picks ops by time.*name --backend torch or triton"):
-        start(settings(tmp_path, deterministic=True, backend="auto"))
+        start_session(settings(tmp_path, deterministic=True, backend="auto"))
 
 
 def test_it_is_refused_where_torch_has_no_such_gradient():
@@ -209,4 +209,4 @@ def test_another_precision_is_refused_too(tmp_path, capsys):
     c = settings(tmp_path, deterministic=True, stop_at=2)
     train.train(c)
     with pytest.raises(UserError, match="had precision = fp32, and now it is bf16: its bits would change"):
-        start(replace(c, resume=True, precision="bf16", stop_at=None))
+        start_session(replace(c, resume=True, precision="bf16", stop_at=None))

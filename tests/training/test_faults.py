@@ -36,7 +36,7 @@ def test_a_shard_deleted_while_training(folder, capsys, monkeypatch):
     monkeypatch.setattr(log.Log, "step", step)
     train(replace(c, stop_at=4))
     monkeypatch.undo()
-    monkeypatch.setattr(program, "draw", lambda s: None)
+    monkeypatch.setattr(program, "draw_loss_curve", lambda s: None)
     with pytest.raises(UserError, match="holds no training shard"):
         train(replace(c, resume=True))
     shard.write_bytes(content)
@@ -63,7 +63,7 @@ def test_a_shard_truncated_while_training(folder, capsys, monkeypatch, size, spl
     with pytest.raises(RunError, match=message):
         train(c)
     monkeypatch.undo()
-    monkeypatch.setattr(program, "draw", lambda s: None)
+    monkeypatch.setattr(program, "draw_loss_curve", lambda s: None)
     shard.write_bytes(content)
     train(replace(c, resume=True))
     assert (rows(c), weights(c)) == want
@@ -141,7 +141,7 @@ def test_two_processes_in_one_run_folder(folder, capsys, monkeypatch):
     """The second, a real one, is refused in one line, with and without --resume; the first does not notice."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
-    real, answers = program.save, []
+    real, answers = program.save_checkpoint, []
 
     def save(*args):
         real(*args)
@@ -151,7 +151,7 @@ def test_two_processes_in_one_run_folder(folder, capsys, monkeypatch):
                 assert programs.call(refused, config, cwd=folder, log=log).wait() == 2
                 answers.append(log.read_text())
 
-    monkeypatch.setattr(program, "save", save)
+    monkeypatch.setattr(program, "save_checkpoint", save)
     train(c)
     assert "already holds a run" in answers[0]
     assert "in use by another process" in answers[1]

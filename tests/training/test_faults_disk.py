@@ -27,7 +27,7 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
     """At every call: one line, the one before is whole, nothing half-written stays; then the same weights."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
-    s = session.start(c)
+    s = session.start_session(c)
     optimizer = s.take_step.optimizer
     first = checkpoint.save(s.checkpoints, 2, s.model, optimizer, {}, keep=2)
     before = {path: path.read_bytes() for path in first.iterdir()}
@@ -62,8 +62,8 @@ def test_a_run_file_that_cannot_be_written(folder, capsys, monkeypatch, name, co
     from gpt2fast.files.atomic import write_atomic
     from gpt2fast.training import plot
 
-    monkeypatch.setattr(plot, "save", lambda figure, path: write_atomic(path, b"a picture, drawn in no time"))
-    monkeypatch.setattr(plot, "loss_curve", lambda rows, path, *_: plot.save(None, path))
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: write_atomic(path, b"a picture, drawn in no time"))
+    monkeypatch.setattr(plot, "loss_curve", lambda rows, path, *_: plot.save_figure(None, path))
     c = tiny.config(folder, **{**SHORT, "steps": 3, "val_every": 3})
     want = straight(c)
     for failing_disk in every_call(f"tiny/.{name}.tmp" if name != "metrics.jsonl" else "metrics.jsonl", code):

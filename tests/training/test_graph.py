@@ -8,14 +8,14 @@ from gpt2fast.errors import UserError
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig
 from gpt2fast.training import graph, optim, session
-from gpt2fast.training.graph import WARM, GraphedStep
+from gpt2fast.training.graph import UNRECORDED, GraphedStep
 from gpt2fast.training.step import TrainingStep
 from tests.tools import tiny
 from tests.tools.accuracy import assert_as_accurate
 from tests.tools.recording import played_by_hand
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=100)
-STEPS = WARM + 2
+STEPS = UNRECORDED + 2
 
 
 def train(kind: type[TrainingStep], device, accumulation: int = 1, made: list | None = None, precision: str = "fp32"):
@@ -88,5 +88,5 @@ def test_a_step_that_is_given_up_leaves_no_trace(device, monkeypatch):
 )
 def test_refused_without_a_gpu(changes, error, tmp_path):
     with pytest.raises(UserError, match=error):
-        session.start(tiny.config(tmp_path, cuda_graph=True, **changes))
+        session.start_session(tiny.config(tmp_path, cuda_graph=True, **changes))
     assert not (tmp_path / "out").exists()

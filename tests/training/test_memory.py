@@ -63,6 +63,6 @@ def test_out_of_memory_while_training(folder, capsys, monkeypatch):
         train(replace(c, resume=True))
     assert not rubbish(c)
     monkeypatch.undo()
-    monkeypatch.setattr(program, "draw", lambda s: None)
+    monkeypatch.setattr(program, "draw_loss_curve", lambda s: None)
     train(replace(c, resume=True))
     assert (rows(c), weights(c)) == want

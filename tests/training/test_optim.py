@@ -20,7 +20,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def compiles_nothing(monkeypatch):
-    monkeypatch.setattr(optim, "_compiled", lambda fn: fn)
+    monkeypatch.setattr(optim, "_compile", lambda fn: fn)
 
 
 def gradients(dtype) -> list[torch.Tensor]:

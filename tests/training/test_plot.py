@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2fast.machine.world import ALONE
-from gpt2fast.train import draw
+from gpt2fast.train import draw_loss_curve
 from gpt2fast.training import plot
 from gpt2fast.training.plot import Run
 
@@ -65,7 +65,7 @@ def test_nothing_is_left_of_a_drawn_figure(tmp_path):
     s = SimpleNamespace(config=config, inputs=SimpleNamespace(dataset=dataset, entropy=5.0), world=ALONE)
     gc.disable()  # so that none is collected by chance
     try:
-        draw(s)
+        draw_loss_curve(s)
         assert not [each for each in gc.get_objects() if type(each).__name__ == "Figure"]
     finally:
         gc.enable()

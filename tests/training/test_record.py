@@ -10,7 +10,7 @@ from gpt2fast.errors import UserError
 from gpt2fast.ops import OpsConfig
 from gpt2fast.training import config
 from gpt2fast.training.config import PRESETS
-from gpt2fast.training.record import FACTS, NEEDED, changed_bits, read_record
+from gpt2fast.training.record import FACTS, NEEDED, changed_choice, read_record
 from tests.tools import tiny
 
 
@@ -40,7 +40,7 @@ def test_a_record_from_before_a_choice_was_kept_is_read(tmp_path):
         del resolved[name]
     (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict(c), "resolved": resolved}))
     assert read_record(tmp_path) == (c, resolved)
-    assert changed_bits(tiny.choices(), resolved) is None
+    assert changed_choice(tiny.choices(), resolved) is None
     del resolved["precision"]
     (tmp_path / "config.json").write_text(json.dumps({"config": config.to_dict(c), "resolved": resolved}))
     with pytest.raises(UserError, match="precision is 'None'"):

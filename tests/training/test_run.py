@@ -86,8 +86,8 @@ def test_a_run_that_appears_while_this_one_gets_ready_is_not_mixed_with_it(folde
         (c.folder / "config.json").write_text("another's")
         return s
 
-    real = program.start
-    monkeypatch.setattr(program, "start", get_ready)
+    real = program.start_session
+    monkeypatch.setattr(program, "start_session", get_ready)
     with pytest.raises(UserError, match="already holds a run"):
         train(c)
     assert (c.folder / "config.json").read_text() == "another's"

@@ -8,7 +8,7 @@ import pytest
 
 from gpt2fast.train import train
 from gpt2fast.training import screen
-from gpt2fast.training.session import start
+from gpt2fast.training.session import start_session
 from tests.tools import programs, tiny
 
 ROW = {"step": 3, "loss": 9.87654, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_s": 123456.7, "mfu": None}
@@ -71,14 +71,14 @@ def test_tensorboard(tmp_path, capsys):
 
 
 def test_an_implausible_first_loss_is_reported(tmp_path):
-    s = start(tiny.config(tmp_path, model=tiny.GPT2_WORDS))
+    s = start_session(tiny.config(tmp_path, model=tiny.GPT2_WORDS))
     assert "warning" not in screen.header(s, "")
     s.first_loss = 14.0
     assert "an untrained model should lose about 10.82, and this one loses 14.00" in screen.header(s, "")
 
 
 def test_the_header_says_what_matters(tmp_path):
-    s = start(tiny.config(tmp_path, model=tiny.GPT2_WORDS))
+    s = start_session(tiny.config(tmp_path, model=tiny.GPT2_WORDS))
     text = screen.header(s, "preset nano")
     for part in (
         "cpu",

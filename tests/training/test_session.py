@@ -16,7 +16,7 @@ from gpt2fast.ops import OpsConfig, build
 from gpt2fast.train import train, validate
 from gpt2fast.training import config, session
 from gpt2fast.training.run import Interrupt
-from gpt2fast.training.session import start
+from gpt2fast.training.session import start_session
 from gpt2fast.weights import checkpoint, load
 from tests.tools import tiny
 from tests.tools.hellaswag import ROWS, write_jsonl
@@ -24,7 +24,7 @@ from tests.tools.runs import metrics
 
 
 def first(c) -> session.Session:
-    return session.start(replace(c, run="next"))
+    return session.start_session(replace(c, run="next"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
 
 
 def test_a_validation_of_no_batches_is_that_of_the_whole_split(tmp_path):
-    s = session.start(tiny.config(tmp_path, val_batches=0))
+    s = session.start_session(tiny.config(tmp_path, val_batches=0))
     with Interrupt() as interrupt:
         found = validate(s, interrupt)
     assert found == split_loss(s.model, s.inputs.dataset.val, 2, 16, "fp32").loss
@@ -95,7 +95,7 @@ def test_all_random_generators_are_restored(tmp_path, capsys):
     for _ in range(2):
         random.random(), np.random.rand(), torch.rand(1)
         _, path = checkpoint.list_checkpoints(c.folder / "checkpoints")[-1]
-        s = start(replace(c, resume=True, stop_at=None))
+        s = start_session(replace(c, resume=True, stop_at=None))
         assert checkpoint.read_state(path)["position"] == s.step == 10
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
@@ -104,7 +104,7 @@ def test_all_random_generators_are_restored(tmp_path, capsys):
 def test_rehearsal_changes_nothing(tmp_path):
     c = tiny.config(tmp_path)
     fresh = GPT(c.model, build(OpsConfig()), c.seed).state_dict()
-    s = start(c)
+    s = start_session(c)
     assert all(torch.equal(fresh[name], tensor) for name, tensor in s.model.state_dict().items())
     assert not s.take_step.optimizer.state
     assert not c.folder.exists()

@@ -10,7 +10,7 @@ from gpt2fast import kernels, ops
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.ops import OpsConfig, build
 from gpt2fast.training import optim
-from gpt2fast.training.graph import WARM, GraphedStep
+from gpt2fast.training.graph import UNRECORDED, GraphedStep
 from gpt2fast.training.step import TrainingStep
 from tests.tools import tiny
 from tests.tools.recording import played_by_hand
@@ -78,7 +78,7 @@ def test_weights_moments_and_step_counts_stay_bit_for_bit(name, precision, accum
 @pytest.mark.parametrize("value", BAD)
 def test_gradients_of_copies_on_a_cpu(value, monkeypatch):
     """The compiled pass is replaced by what it compiles, which takes no seconds."""
-    monkeypatch.setattr(optim, "_compiled", lambda fn: fn)
+    monkeypatch.setattr(optim, "_compile", lambda fn: fn)
     weight = nn.Parameter(torch.randn(6, 4))
     copy = nn.Parameter(weight.detach().bfloat16())
     optimizer = optim.AdamW([weight], lr=1e-2, fused=True)
@@ -103,8 +103,8 @@ def test_a_recorded_step_leaves_it_out_too(device, monkeypatch):
     model = GPT(CONFIG, ops.build(OpsConfig(), device.type)).to(device)
     step = GraphedStep(model, MAKERS["triton"](model, 0.1), precision="bf16", grad_clip=0.5)
     made.append(step)
-    given = iter(batches(WARM + 3, device))
-    for _ in range(WARM + 1):
+    given = iter(batches(UNRECORDED + 3, device))
+    for _ in range(UNRECORDED + 1):
         step(given, 1e-3)
     before = snapshot(step)
     place = step._graphs["update"]  # replayed with a gradient which was spoiled behind the recorded backward
@@ -120,7 +120,7 @@ def test_a_recorded_step_leaves_it_out_too(device, monkeypatch):
     assert all(map(torch.equal, snapshot(step), before))
     step._graphs["update"] = place
     step(given, 1e-3)
-    assert {state["step"].item() for state in step.optimizer.state.values()} == {WARM + 2.0}
+    assert {state["step"].item() for state in step.optimizer.state.values()} == {UNRECORDED + 2.0}
 
 
 @pytest.mark.gpu
