@@ -1,1 +1,1 @@
-"""A run: settings, session, step, optimizer, its folder and its screen."""
+"""A training run: its settings, session, step, optimizer, folder and screen."""

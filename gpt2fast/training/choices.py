@@ -1,10 +1,10 @@
-"""What every "auto" of a run became: decided once, before anything is built.
+"""What every "auto" of a run becomes, decided once, before anything is built.
 
-    settle    the device, the precision that it is fast at, its memory
+    settle    the device, the precision, the GPU's memory
     choose    compiled or not, the residual stream, ops, optimizer, rounded copies of the weights
 
-`fields(Choices)` are what the header prints, what config.json keeps, and what --deterministic compares on --resume. So
-a new option is a field of TrainConfig, a field of Choices with its line in `choose`, and its consumer.
+The header prints `fields(Choices)`, config.json keeps them, and --deterministic compares them on --resume. So a new
+option is a field of TrainConfig, a field of Choices with its line in `choose`, and the code that uses it.
 """
 
 import shutil
@@ -25,12 +25,12 @@ from gpt2fast.training.config import Resolved, TrainConfig
 from gpt2fast.training.memory import out_of_memory
 from gpt2fast.training.step import Copies, kind_of_copies
 
-COMPILE_FLOPS = 2e14  # five minutes on two good cores: a twentieth of it is what compiling costs, and gains
+COMPILE_FLOPS = 2e14  # five minutes on two fast cores: compiling costs a twentieth of them, and saves as much
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run computes: `memory` is the GPU's, in bytes; None elsewhere."""
+    """The device and precision of a run. `memory` is the GPU's, in bytes; None elsewhere."""
 
     device: torch.device
     precision: Precision
@@ -38,7 +38,7 @@ class Place:
 
 
 def settle(c: TrainConfig, world: World = ALONE) -> Place:
-    """The device of this rank. UserError if --device or --precision cannot be had."""
+    """Return the device and precision of this rank. UserError if --device or --precision is not available."""
     device = pick_device(c.device, world)
     precision = pick_precision(c.precision, device, ops.interpreted(c.implementations, c.optimizer))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -46,15 +46,16 @@ def settle(c: TrainConfig, world: World = ALONE) -> Place:
 
 
 def shown(words: Callable[[Any], str], bits: bool = True) -> dict:
-    """The metadata of a field of Choices: how the header says its value, and whether it changes the bits of a run."""
+    """Make the metadata of a field of Choices: the words of its value in the header, "" for none, and whether it
+    changes the bits of a run."""
     return {"words": words, "bits": bits}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """How a run computes. `device` has the GPU's number; `auto` holds the times by which --backend auto chose.
+    """How a run computes. `device` includes the GPU's number; `auto` holds the times by which --backend auto chose.
 
-    A field without metadata changes the bits of a run, and the header says it elsewhere or not at all.
+    A field without metadata changes the bits of a run, and the header shows it in another line or not at all.
     """
 
     device: str = field(metadata={"bits": False})
@@ -74,15 +75,15 @@ class Choices:
     auto: dict[str, dict] | None = field(metadata={"bits": False})
 
     def words(self) -> str:
-        """What the header says of them on one line; `residual` means something under autocast only."""
-        said = {f.name: f.metadata["words"](getattr(self, f.name)) for f in fields(self) if "words" in f.metadata}
+        """Return the header's line about them. `residual` is in it with autocast only: it is fp32 without."""
+        found = {f.name: f.metadata["words"](getattr(self, f.name)) for f in fields(self) if "words" in f.metadata}
         if self.precision == "fp32":
-            del said["residual"]
-        return ", ".join(filter(None, said.values()))
+            del found["residual"]
+        return ", ".join(filter(None, found.values()))
 
 
 def choose(c: Resolved, place: Place, world: World = ALONE, before: tuple[TrainConfig, dict] | None = None) -> Choices:
-    """Decide what the settings leave open; rank 0 measures ops for all ranks, since roundings must not differ.
+    """Decide what the settings leave open. Rank 0 chooses the ops for all ranks, whose rounding must not differ.
 
     `before`: the settings and the choices of the run that is resumed.
     """
@@ -112,14 +113,14 @@ def choose(c: Resolved, place: Place, world: World = ALONE, before: tuple[TrainC
 
 
 def check_possible(c: Resolved, place: Place, world: World = ALONE) -> None:
-    """UserError if ops, --optimizer or --cuda-graph were named and cannot be had on this device."""
+    """Raise UserError if the ops, --optimizer or --cuda-graph asked for are not available on this device."""
     ops.build(c.implementations, place.device.type)
     check_optimizer(c, place, world)
     ops.check_sizes(c.implementations, c.model.n_embd, c.model.n_embd // c.model.n_head)
 
 
 def check_optimizer(c: TrainConfig, place: Place, world: World = ALONE) -> None:
-    """UserError if --optimizer triton or --cuda-graph was asked for and cannot be had."""
+    """Raise UserError if --optimizer triton or --cuda-graph was asked for and is not available."""
     fp16 = place.precision == "fp16"
     if c.cuda_graph and place.device.type != "cuda":
         raise UserError(f"--cuda-graph needs a CUDA GPU, and this run is on {place.device}: leave it out")
@@ -127,15 +128,18 @@ def check_optimizer(c: TrainConfig, place: Place, world: World = ALONE) -> None:
         raise UserError(f"--cuda-graph works with one process, and this run has {world.size}: leave it out")
     if c.cuda_graph and (c.optimizer == "torch" or fp16):
         what = "fp16" if fp16 else "--optimizer torch"
-        raise UserError(f"--cuda-graph needs Triton's AdamW, which {what} rules out: leave one of them out")
+        raise UserError(f"--cuda-graph needs Triton's AdamW, which does not work with {what}: leave one of them out")
     if c.optimizer == "triton" and fp16:
-        raise UserError("--optimizer triton has no loss scaling, which fp16 needs: use --optimizer torch")
+        raise UserError("--optimizer triton does not support the loss scaling of fp16: use --optimizer torch")
     if c.optimizer == "triton" or c.cuda_graph:
         ops.kernels(place.device.type)
 
 
 def compiling_pays(c: TrainConfig, device: torch.device) -> bool:
-    """On CUDA always; on a CPU in a long run, by its length from first to last step, so that a resumed one agrees."""
+    """Return whether to compile: always on CUDA; on a CPU if the run is long and there is a C++ compiler.
+
+    A run's length is that of all its steps, so that the answer is the same after --resume.
+    """
     if device.type != "cpu":
         return device.type == "cuda"
     work = c.steps * c.total_batch * flops.flops_per_token(c.model, c.seq_len)
@@ -143,14 +147,17 @@ def compiling_pays(c: TrainConfig, device: torch.device) -> bool:
 
 
 def residual_dtype(c: TrainConfig, place: Place) -> Precision:
-    """That of the residual stream: fp32, or autocast's. A sum of 2 n_layer branches may exceed fp16's 65504."""
+    """Return the dtype of the residual stream: fp32, or that of autocast.
+
+    auto does not take fp16, since a sum of 2 n_layer branches may exceed its 65504.
+    """
     if c.residual == "auto":
         return "bf16" if place.device.type == "cuda" and place.precision == "bf16" else "fp32"
     return place.precision if c.residual == "low" else "fp32"
 
 
 def adamw_is_ours(c: TrainConfig, chosen: OpsConfig, place: Place) -> bool:
-    """What --optimizer says; with auto ours only if some op is ours, or for --cuda-graph."""
+    """Return whether Triton's AdamW is used. auto: on CUDA without fp16, if some op is Triton's or for --cuda-graph."""
     if c.optimizer == "auto":
         some = not set(ops.TRITON).isdisjoint(asdict(chosen).values())
         return (some or c.cuda_graph) and place.device.type == "cuda" and place.precision != "fp16"
@@ -160,7 +167,7 @@ def adamw_is_ours(c: TrainConfig, chosen: OpsConfig, place: Place) -> bool:
 def choose_training_ops(
     c: Resolved, place: Place, compiled: bool, residual: Precision, before: tuple[TrainConfig, dict] | None
 ) -> auto.Choice:
-    """What --backend and --ops say; what they leave open is measured, or on --resume taken as it was."""
+    """Return the ops of --backend and --ops. Those left open are measured, or on --resume taken from the record."""
     if c.backend != "auto":
         return auto.Choice(ops=c.implementations, results={})
     if before and (again := resumed_choice(c, place, compiled, residual, *before)):
@@ -179,7 +186,7 @@ def choose_training_ops(
 def resumed_choice(
     c: Resolved, place: Place, compiled: bool, residual: Precision, before: TrainConfig, was: dict
 ) -> auto.Choice | None:
-    """The earlier choice, so that the run continues as it began; None if it was made for something else."""
+    """Return the earlier choice, so that the run continues with its ops; None if it was made for something else."""
     now = {
         "device_name": device_name(place.device), "precision": place.precision, "compile": compiled,
         "residual": residual,

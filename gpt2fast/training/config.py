@@ -1,7 +1,7 @@
-"""Every setting of a training run, declared once; the presets; and the checks that need nothing but the settings.
+"""Every setting of a training run, declared once; the presets; the checks that need only the settings.
 
-`tyro` turns the dataclasses into the command line, their docstrings into its help; `asdict` goes into config.json,
-the checkpoint and the results.
+`tyro` makes the command line from the dataclasses, and --help from their docstrings. Their `asdict` is stored in
+config.json, checkpoints and results.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2fast.data import stdlib
-from gpt2fast.errors import UserError
+from gpt2fast.errors import UserError, check_at_least
 from gpt2fast.files import checked
 from gpt2fast.model import SIZES, GPTConfig
 from gpt2fast.ops import Backend, OpsConfig
@@ -20,108 +20,116 @@ class TrainConfig:
     """Train GPT-2. Presets: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl; the default is gpt2 on CUDA, else nano."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
-    """The shape of the model."""
+    """Shape of the model."""
     backend: Backend = "torch"
-    """Implementation of the seven ops: plain PyTorch, our Triton kernels, or of each op what is fastest here (auto)."""
+    """Implementation of the seven ops: torch (plain PyTorch), triton (the kernels of this project), or auto (of each op
+    the fastest on this device)."""
     ops: OpsConfig = field(default_factory=OpsConfig)
-    """Implementation of single ops, over --backend."""
+    """Implementation of single ops, which overrides --backend."""
     init_from: str | None = None
-    """Weights to begin with, for fine-tuning: a run's folder, a name on the hub (gpt2), a Hugging Face folder, llm.c's
-    .bin, nanoGPT's ckpt.pt, OpenAI's checkpoint. None: drawn from --seed."""
+    """Weights to start from, for fine-tuning: a run folder, a name on Hugging Face's hub (gpt2), a Hugging Face folder,
+    llm.c's .bin, nanoGPT's ckpt.pt or OpenAI's checkpoint. None: random weights from --seed."""
 
     data: str = stdlib.NAME
-    """A folder of token shards, or stdlib: the source of Python's standard library."""
+    """Folder of token shards, or stdlib: the source code of Python's standard library."""
     tokenizer_file: Path | None = None
-    """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
+    """Path of GPT-2's vocab.bpe. None: found in a cache or an installed package, or downloaded."""
     shuffle: bool = True
-    """Another order of the windows in each epoch; else one after the other."""
+    """Shuffle the windows in every epoch; --no-shuffle reads them in order."""
 
     batch_size: int | None = None
-    """Sequences in a micro-batch, B. None: what the device's memory holds."""
+    """Sequences in a micro-batch, B. None: as many as fit into the device's memory, at most 64, on a CPU 8."""
     seq_len: int = 1024
     """Tokens in a sequence, T."""
     total_batch: int = 524288
-    """Tokens in an optimizer step: a multiple of B*T; the micro-batches' gradients are accumulated."""
+    """Tokens in an optimizer step, a multiple of B*T: the gradients of its micro-batches are accumulated."""
     steps: int = 19073
-    """Optimizer steps; the learning rate's cosine ends with the last."""
+    """Optimizer steps. The cosine schedule of the learning rate ends with the last one."""
     lr: float = 6e-4
-    """Highest learning rate."""
+    """Peak learning rate."""
     lr_floor: float = 0.1
-    """Learning rate at the end, as a share of --lr."""
+    """Final learning rate, as a fraction of --lr."""
     warmup: int | None = None
-    """Steps of linear warm-up. None: 5% of --steps, at most 715 (375 million tokens, as GPT-3's)."""
+    """Steps of linear learning-rate warm-up. None: 5% of --steps, at most 715 (375 million tokens, as in GPT-3)."""
     weight_decay: float = 0.1
-    """On matrices and embeddings only."""
+    """AdamW's weight decay, of matrices and embeddings only."""
     beta1: float = 0.9
-    """AdamW."""
+    """AdamW's beta1, for the mean of the gradients."""
     beta2: float = 0.95
-    """AdamW."""
+    """AdamW's beta2, for the mean of their squares."""
     grad_clip: float = 1.0
-    """Longest gradient, by norm; 0: not clipped."""
+    """Clip the gradient norm to this; 0 turns clipping off."""
     optimizer: Literal["auto", "torch", "triton"] = "auto"
-    """Implementation of AdamW: PyTorch's fused one, or ours, which also rounds the weights for the next step. auto:
-    ours on CUDA where Triton has an op to compute or with --cuda-graph, but for fp16."""
+    """Implementation of AdamW: torch (PyTorch's, fused) or triton (a kernel of this project, which also rounds the
+    weights for the next step). auto: triton on CUDA if Triton computes an op or with --cuda-graph, but not with fp16;
+    else torch."""
     seed: int = 1337
-    """Of initial weights, data order and samples."""
+    """Seed of the initial weights, the order of the data and the sampled texts."""
 
     device: str = "auto"
-    """auto: CUDA, else MPS, else CPU."""
+    """Device to compute on: cpu, cuda, cuda:1, mps. auto: CUDA if there is one, else MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 autocast where the device is fast at it, fp16 with loss scaling on CUDA without it, else fp32."""
+    """Compute in fp32, or by autocast in bf16 or fp16 (with loss scaling). auto: bf16 where the device is fast at it;
+    else fp16 on CUDA; else fp32."""
     tf32: bool = True
-    """Let CUDA's fp32 matmuls use TF32."""
+    """Allow TF32 in fp32 matmuls on CUDA."""
     residual: Literal["auto", "fp32", "low"] = "auto"
-    """The residual stream: in fp32, or in autocast's dtype (low). auto: low under bf16 on CUDA; fp16 might overflow."""
+    """Dtype of the residual stream: fp32, or that of autocast (low). auto: low with bf16 on CUDA, else fp32; fp16 might
+    overflow."""
     zero: bool = False
-    """ZeRO-1: each of many processes keeps the optimizer's state of its share of the weights only, 8 bytes a weight
-    divided by their number. The same bits with torch's AdamW; ours sums up the gradient's norm in another order."""
+    """ZeRO-1: divide the optimizer state, 8 bytes a weight, among the processes. The results are the same bits with
+    --optimizer torch; triton sums the gradient norm in another order."""
     recompute: bool = False
-    """Activation checkpointing: a block keeps 6 of about 40 bytes a token and unit of width, and runs again in
-    backward, a third more of its work."""
+    """Activation checkpointing: keep 6 instead of about 40 bytes of a block per token and channel, and run the block
+    again in backward, which is a third more work."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on CUDA; on a CPU that has a C++ compiler in a run of more than about five minutes."""
+    """Compile the model with torch.compile. auto: on CUDA, and on a CPU with a C++ compiler if the run takes more than
+    about five minutes."""
     deterministic: bool = False
-    """The same bits from every run with the same settings, device and versions, on CUDA at the price of some speed, and
-    on a CPU with as many threads; refused where that cannot be promised. Sampled texts on CUDA are not included."""
+    """Get the same bits from every run with the same settings, device and versions, and on a CPU the same number of
+    threads. Costs some speed on CUDA, where sampled texts may still differ; refused where it cannot be guaranteed."""
     cuda_graph: bool = False
-    """Record the step as CUDA graphs and replay it: faster where a step is so small that launching takes the time."""
+    """Record the step as CUDA graphs and replay them: faster if a step is so small that launching its kernels takes
+    most of the time."""
 
     out: Path = Path("out")
     """Folder of all runs."""
     run: str | None = None
-    """Name of this run, a folder in --out. None: the preset's name."""
+    """Name of this run, and of its folder in --out. The default is the preset's name."""
     resume: bool = False
-    """Continue the run from its newest checkpoint, with its own settings where no flag says otherwise."""
+    """Continue the run from its newest checkpoint, with its own settings except those given as flags."""
     stop_at: int | None = None
-    """End after this step with a checkpoint, as Ctrl-C would; the schedule still goes to --steps."""
+    """Stop after this step with a checkpoint, as Ctrl-C does; the learning-rate schedule still ends at --steps. None:
+    stop at --steps."""
     log_every: int | None = None
-    """Steps between reading losses back. None: on CUDA, where the host then waits, once a second; else each step."""
+    """Steps between reads of the loss from the device. None: once a second on CUDA, where the host waits for it; else
+    every step."""
     val_every: int = 250
     """Steps between validations; 0: never."""
     val_batches: int = 20
     """Micro-batches in a validation; 0: the whole split."""
     hellaswag: Path | None = None
-    """HellaSwag's hellaswag_val.jsonl, or llm.c's .bin of it: scored every --hellaswag-every steps."""
+    """The HellaSwag authors' hellaswag_val.jsonl, to be scored every --hellaswag-every steps. None: not scored."""
     hellaswag_every: int = 250
     """Steps between HellaSwag scores; 0: never."""
     sample_every: int = 250
     """Steps between sampled texts; 0: never."""
     samples: int = 1
-    """Texts that are sampled each time; many processes share them."""
+    """Texts to sample each time; several processes divide them among themselves."""
     sample_tokens: int = 64
     """Tokens in a sampled text."""
     prompt: str = "Hello, I'm a language model,"
-    """What a sampled text begins with."""
+    """Beginning of the sampled texts."""
     checkpoint_every: int = 250
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     skip_limit: int = 10
-    """End after so many steps in a row whose loss or gradient is not finite; each is left out of the weights."""
+    """Stop after this many steps in a row whose loss or gradient is not finite; each of them is skipped."""
     spike: float = 6.0
-    """Say so when a loss is this many standard deviations from the mean of the last 128; 0: never."""
+    """Report a loss that is more than this many standard deviations from the mean of the last 128; 0: never."""
     tensorboard: bool = False
-    """Write TensorBoard's event files too (pip install 'gpt2fast[tensorboard]')."""
+    """Write TensorBoard's event files as well (pip install 'gpt2fast[tensorboard]')."""
 
     @property
     def folder(self) -> Path:
@@ -129,9 +137,9 @@ class TrainConfig:
 
     @property
     def implementations(self) -> OpsConfig:
-        """What --backend and --ops come to; with --backend auto, ops stay open until they are measured.
+        """Return what --backend and --ops mean together; with --backend auto, ops are None until they are measured.
 
-        Not stored as --ops, or a resumed run could not change its --backend.
+        It is not stored as --ops, or a resumed run could not change its --backend.
         """
         return self.ops.with_backend(self.backend)
 
@@ -148,24 +156,25 @@ PRESETS = {
 }  # fmt: skip
 
 FIXED = ("model", "init_from", "data", "shuffle", "batch_size", "seq_len", "total_batch", "seed")
-"""What a resumed run may not change: which tokens it has seen, and which model it is."""
+"""The settings that a resumed run may not change: they fix the model and the tokens that it has seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved(TrainConfig):
-    """Settings of which none follows from others any more: made by `resolve`. What is None still was not asked for."""
+    """Settings with a value where None meant "as the other settings demand", made by `resolve`. A None that is left
+    means "not asked for"."""
 
     batch_size: int = field()
     warmup: int = field()
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in an optimizer step, of all processes together."""
+        """Return the micro-batches in an optimizer step, of all processes together."""
         return self.total_batch // (self.batch_size * self.seq_len)
 
 
 def resolve(config: TrainConfig, memory: int | None, ranks: int = 1) -> Resolved:
-    """Put a value where None stands for one that follows from others; `memory` is the device's, None for a CPU."""
+    """Replace each None that depends on other settings by its value. `memory`: the GPU's, in bytes; None elsewhere."""
     values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     if config.batch_size is None:
         values["batch_size"] = default_batch_size(config, memory, ranks)
@@ -175,15 +184,14 @@ def resolve(config: TrainConfig, memory: int | None, ranks: int = 1) -> Resolved
 
 
 def check(c: Resolved, ranks: int = 1) -> None:
-    """UserError on settings that cannot work together."""
-    positive = ["batch_size", "seq_len", "total_batch", "steps", "lr", "samples", "sample_tokens", "keep", "skip_limit"]
-    natural = ["lr_floor", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", "seed"]
-    natural += ["val_every", "val_batches", "hellaswag_every", "sample_every", "checkpoint_every", "spike"]
-    positive += [name for name in ("log_every", "stop_at") if getattr(c, name) is not None]
-    for name in positive + natural:
-        value, least = getattr(c, name), "more than 0" if name in positive else "at least 0"
-        if not (value > 0 if name in positive else value >= 0):  # written so that NaN fails
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {least}")
+    """Raise UserError on settings that cannot work, alone or together."""
+    check_at_least(
+        c, batch_size=1, seq_len=1, total_batch=1, steps=1, samples=1, sample_tokens=1, keep=1, skip_limit=1,
+        log_every=1, stop_at=1, lr_floor=0, warmup=0, weight_decay=0, beta1=0, beta2=0, grad_clip=0, seed=0, spike=0,
+        val_every=0, val_batches=0, hellaswag_every=0, sample_every=0, checkpoint_every=0,
+    )  # fmt: skip
+    if not c.lr > 0:  # written so that NaN fails
+        raise UserError(f"--lr is {c.lr}: it must be more than 0")
     if c.run is not None and Path(c.run).name != c.run:
         raise UserError(f"--run is {c.run!r}: it must be a plain name; --out chooses the folder of all runs")
     for name in ("beta1", "beta2"):
@@ -196,19 +204,19 @@ def check(c: Resolved, ranks: int = 1) -> None:
         )
     if c.total_batch % (c.batch_size * c.seq_len):
         raise UserError(
-            f"--total-batch {c.total_batch} is no multiple of B*T = {c.batch_size}*{c.seq_len} = "
+            f"--total-batch {c.total_batch} is not a multiple of B*T = {c.batch_size}*{c.seq_len} = "
             f"{c.batch_size * c.seq_len}: change one of --total-batch, --batch-size, --seq-len"
         )
     if c.accumulation % ranks:
         raise UserError(
             f"--total-batch {c.total_batch} is {c.accumulation} micro-batches of B*T = {c.batch_size}*{c.seq_len}, and "
-            f"{ranks} processes cannot share them evenly: start a number that divides {c.accumulation}"
+            f"{ranks} processes cannot share them evenly: start a number of processes that divides {c.accumulation}"
             + ("" if c.resume else ", or lower --batch-size")
         )
     if c.deterministic and c.backend == "auto":
         raise UserError(
-            "--backend auto picks ops by time, so two runs may differ, and --deterministic promises that they do not: "
-            "name --backend torch or triton"
+            "--backend auto picks ops by time, so two runs may differ, which --deterministic rules out: "
+            "use --backend torch or triton"
         )
     if c.warmup > c.steps:
         raise UserError(
@@ -217,12 +225,12 @@ def check(c: Resolved, ranks: int = 1) -> None:
 
 
 def default_batch_size(config: TrainConfig, memory: int | None, ranks: int = 1) -> int:
-    """Largest power of two up to 64 whose step fits into `memory` bytes (None: a CPU, up to 8, and 4096 tokens), and
-    that divides each rank's share of the total.
+    """Return the largest power of two, up to 64, with which a step fits into 85% of `memory` bytes and --total-batch is
+    a multiple of ranks*B*T. Without `memory`: up to 8, and B*T up to 4096.
 
-    Counted per token: the logits chain (bf16, fp32, and the gradients of both: 12 V) and about 40 L C bytes of
-    activations, with --recompute 6 L C and one block's 40 C; per parameter: weight, gradient, two moments and a bf16
-    copy (18).
+    Bytes per token: 12 V for the logits (bf16, fp32, and the gradients of both), and about 40 L C for activations, or
+    with --recompute 6 L C and 40 C for one block. Bytes per parameter: 18, for the weight, its gradient, two moments
+    and a bf16 copy.
     """
     m, T = config.model, config.seq_len
     size, limit = (8, 4096 // T) if memory is None else (64, 64)
@@ -237,23 +245,23 @@ def default_batch_size(config: TrainConfig, memory: int | None, ranks: int = 1) 
 
 
 def check_resumable(config: TrainConfig, stored: TrainConfig) -> None:
-    """UserError if what was changed would make it another run; n_head, for one, changes no tensor's shape."""
+    """Raise UserError if a changed setting would make it another run. No shape would show it: n_head changes none."""
     for name in FIXED:
         new, old = getattr(config, name), getattr(stored, name)
         if new != old:
             raise UserError(
                 f"run {config.folder} was trained with {name} = {old}, not {new}: leave that flag out, "
-                "or begin a new run with --run NAME"
+                "or start a new run with --run NAME"
             )
 
 
 def to_dict(config: TrainConfig) -> dict:
-    """Plain JSON."""
+    """Return the settings as plain JSON."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
 def from_dict(values: dict) -> TrainConfig:
-    """The inverse of `to_dict`; ValueError, TypeError or KeyError on what is no such dictionary."""
+    """Invert `to_dict`. ValueError, TypeError or KeyError if `values` is not what `to_dict` returns."""
     values = values | {"model": checked.fill(GPTConfig, values["model"])}
     values["ops"] = checked.fill(OpsConfig, values["ops"])
     values["out"] = Path(values["out"])

@@ -1,17 +1,17 @@
-"""How much arithmetic a token costs, and which share of a device's peak that is.
+"""The arithmetic that a token costs, and the device's peak it is compared with.
 
     FLOPs per token, forward and backward = 6 N + 12 L C T          (PaLM, arXiv:2204.02311, appendix B)
 
-with N parameters (tied head once, embeddings included, padding not), L layers of width C, T positions: 859.9 MFLOP
-for GPT-2 124M at T = 1024. Attention is counted in full although the causal half is never computed, as in nanoGPT and
-llm.c, so that figures compare.
+with N parameters (the tied head once, embeddings included, padding excluded), L layers of width C, and T positions:
+859.9 MFLOP for GPT-2 124M at T = 1024. Attention is counted in full, although the masked half is not computed, as in
+nanoGPT and llm.c, so that figures can be compared.
 """
 
 from gpt2fast.model import GPTConfig
 
-# Dense peaks in TFLOP/s from the vendor's data sheets (H200 and H100: halves of the figures "with sparsity"), by the
-# name the driver gives. Exact names only: one chip is sold with several clocks and memories, and a guess would be a
-# wrong figure. What is not listed has MFU "unknown".
+# Dense peaks in TFLOP/s from the vendor's data sheets (H200 and H100: half of the figures "with sparsity"), by the
+# name that the driver reports. Exact names only: one chip is sold with several clocks and memories, and a guess would
+# give a wrong figure. A device that is not listed has MFU "unknown".
 _HOPPER_SXM = {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9}
 _AMPERE = {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
@@ -30,23 +30,23 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 
 
 def parameters(config: GPTConfig) -> int:
-    """N, from the shape alone: 12 C^2 + 13 C a block, two embeddings, the final LayerNorm."""
+    """Return N from the shape alone: 12 C^2 + 13 C in a block, two embeddings, the final LayerNorm."""
     L, C = config.n_layer, config.n_embd
     return L * (12 * C * C + 13 * C) + (config.vocab_size + config.block_size) * C + 2 * C
 
 
 def flops_per_token(config: GPTConfig, T: int) -> int:
-    """Forward and backward."""
+    """Return the FLOPs of a token, forward and backward."""
     return 6 * parameters(config) + 12 * config.n_layer * config.n_embd * T
 
 
 def peak_flops(device_name: str, precision: str, tf32: bool = False) -> float | None:
-    """FLOP/s of the unit that does the matmuls; None where the device is not in the table."""
+    """Return the peak FLOP/s of the matmuls; None if the device is not in the table."""
     unit = "tf32" if precision == "fp32" and tf32 else precision
     peak = PEAK_TFLOPS.get(device_name, {}).get(unit)
     return None if peak is None else peak * 1e12
 
 
 def mfu(tokens_per_second: float, config: GPTConfig, T: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, 0 to 1; None where the peak is unknown."""
+    """Return the model FLOPs utilisation, 0 to 1; None if the peak is unknown."""
     return None if peak is None else tokens_per_second * flops_per_token(config, T) / peak

@@ -1,16 +1,17 @@
-"""The training step recorded as CUDA graphs and replayed: the host launches two things a step instead of hundreds.
+"""The training step recorded as CUDA graphs and replayed: the host launches two graphs a step, not hundreds of kernels.
 
-    first     a micro-batch forward and backward, into new gradients
-    next      the same, added to them; only where gradients are accumulated
+    first     a micro-batch forward and backward, which writes the gradients
+    next      the same, which adds to them; only where gradients are accumulated
     update    norm, clipping, AdamW
 
-A replay launches the same kernels with the same addresses. So a batch is copied to where `first` and `next` read it;
-gradients stay where they were made, and the next `first` writes over them; what changes from step to step, the learning
-rate and the step's number, lies on the device, where the optimizer's `send_numbers` puts the one before each `update`,
-and `update` counts the other. The first
-steps of a run are taken as they are: they compile, choose algorithms and fill caches, none of which can be recorded.
-The graphs share their memory, since none needs what another left but gradients, which are alive all the time;
-validation and samples need their own.
+A replay launches the same kernels with the same addresses. So each batch is copied to where `first` and `next` read it,
+and gradients keep their memory, which the next `first` overwrites. What changes from step to step is in device memory:
+the learning rate, which the optimizer's `send_numbers` writes before each `update`, and the number of the step, which
+`update` counts.
+
+The first steps of a run are not recorded: they compile, choose algorithms and fill caches, and none of that can be
+recorded. The graphs share their memory pool: the only tensors that one needs from another are gradients, which are
+never freed. Validation and samples run outside of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +24,11 @@ from gpt2fast.model import GPT
 from gpt2fast.training import optim
 from gpt2fast.training.step import Batch, TrainingStep
 
-UNRECORDED = 3  # steps that are not recorded
+UNRECORDED = 3  # the first steps of a run, which are not recorded
 
 
 class GraphedStep(TrainingStep):
-    """As TrainingStep; the optimizer is a TritonAdamW, whose work on the device can be recorded."""
+    """A TrainingStep that is recorded. The optimizer is a TritonAdamW, whose work on the device can be recorded."""
 
     optimizer: optim.TritonAdamW
 
@@ -46,7 +47,7 @@ class GraphedStep(TrainingStep):
                 return super().__call__(batches, lr, give_up)
         for i in range(self.accumulation):
             if give_up():
-                return None  # what was added up is written over by the next first
+                return None  # the next `first` overwrites the gradients
             batch = next(batches)
             if not self._graphs:
                 self._record(batch)
@@ -65,16 +66,16 @@ class GraphedStep(TrainingStep):
     def _record(self, batch: Batch) -> None:
         self._batch = tuple(tensor.clone() for tensor in batch)
         self._total, self._norm = torch.zeros(2, device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)  # so that gradients are new, in memory that is the recording's
+        self.optimizer.zero_grad(set_to_none=True)  # gradients must be allocated in the graphs' pool
         first = record_graph(lambda: self._total.copy_(self.micro_batch(*self._batch)))
         self._graphs["first"] = first
         if self.accumulation > 1:
             self._graphs["next"] = record_graph(lambda: self._total.add_(self.micro_batch(*self._batch)), first)
-        self.optimizer.refresh_table()  # now, since a copy from the host would be recorded with it
+        self.optimizer.refresh_table()  # now, or its copy from the host would be recorded too
         self._graphs["update"] = record_graph(lambda: self._norm.copy_(self.clip_and_update()), first)
 
     def clip_and_update(self) -> Tensor:
-        """What the device does in an update; the norm."""
+        """Do what the device does in an update. Return the norm before clipping."""
         norm = self.optimizer.gradient_norm()
         self.optimizer.update(optim.clip_divisor(norm, self.grad_clip).float())
         return norm

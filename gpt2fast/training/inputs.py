@@ -1,4 +1,4 @@
-"""What a run reads before its first step: data, weights, examples. Whatever cannot be used is refused here."""
+"""What a run reads before its first step: data, weights, examples. Input that cannot be used is refused here."""
 
 from dataclasses import asdict, dataclass
 
@@ -19,8 +19,10 @@ from gpt2fast.weights.load import read_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """`val` is None without a validation split, `weights` without --init-from, `before` without --resume: the settings
-    and the choices of the run that is resumed. `entropy`: of the training tokens, in nats.
+    """What a run reads. `val` is None without a validation split, and `weights` without --init-from.
+
+    `entropy` is the unigram entropy of the training tokens in nats. `before` is None without --resume, else the
+    settings and the choices of the run that is resumed.
     """
 
     dataset: Dataset
@@ -33,7 +35,7 @@ class Inputs:
 
 
 def read_inputs(c: Resolved, world: World = ALONE) -> Inputs:
-    """UserError on what is missing, damaged, or does not fit the settings."""
+    """Read all inputs. UserError if one is missing, damaged, or does not fit the settings."""
     if c.tensorboard:
         run.check_tensorboard()
     if not c.resume and world.main:
@@ -57,7 +59,10 @@ def read_inputs(c: Resolved, world: World = ALONE) -> Inputs:
 
 
 def initial_weights(c: TrainConfig) -> Weights | None:
-    """What --init-from names, if anything; UserError if the model is of another shape. A checkpoint has its own."""
+    """Read the weights of --init-from, if given; UserError if their shape is not that of the model.
+
+    None with --resume: the checkpoint has the weights.
+    """
     if c.init_from is None or c.resume:
         return None
     weights = read_weights(c.init_from)
@@ -75,9 +80,9 @@ def initial_weights(c: TrainConfig) -> Weights | None:
 
 
 def val_loader(c: Resolved, dataset: Dataset) -> Loader | None:
-    """Windows of the validation split, the same ones each time and from all over it; None without a split.
+    """Return a loader of the validation split, in smaller batches if it is too short for B; None without a split.
 
-    Where the split is too short for B, in smaller batches.
+    Each validation reads the same windows, which are spread over the whole split.
     """
     windows = sum(max(0, len(tokens) - 1) // c.seq_len for tokens in dataset.val)
     if not c.val_every or not windows:

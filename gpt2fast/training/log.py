@@ -1,4 +1,4 @@
-"""The log of a run: losses are read back, written to metrics.jsonl and shown, spikes among them announced."""
+"""The log of a run: it reads losses from the device, writes them to metrics.jsonl, shows them and reports spikes."""
 
 import math
 import time
@@ -13,22 +13,23 @@ from gpt2fast.training.screen import Screen
 from gpt2fast.training.session import Session
 from gpt2fast.training.skip_limit import SkipLimit, is_skipped
 
-LOG_SECONDS = 1.0  # on CUDA, unless --log-every says how many steps
-SUMMARY_STEPS = 20  # the summary's training loss is the mean of so many steps
+LOG_SECONDS = 1.0  # between reads on CUDA, without --log-every
+SUMMARY_STEPS = 20  # the training loss of the summary is their mean
 WINDOW = 128
 
 
 class Spikes:
-    """z-scores over a window of the newest `WINDOW` finite numbers, itself among them: llm.c's outlier detector.
+    """z-scores within the last `WINDOW` finite numbers, the newest included: llm.c's outlier detector.
 
-    Nothing but the window is kept, no running sums: so a resumed run, which fills it again, finds the same bits.
+    It keeps the window and no running sums, so that a resumed run, which fills the window again, gets the same bits.
     """
 
     def __init__(self):
         self._window: deque[float] = deque(maxlen=WINDOW)
 
     def z(self, x: float) -> float:
-        """(x - mean) / standard deviation; NaN until the window is full, and where x is not finite and stays out."""
+        """Return (x - mean) / standard deviation; NaN until the window is full, and for an x that is not finite, which
+        is not added."""
         if not math.isfinite(x):
             return math.nan
         self._window.append(x)
@@ -40,9 +41,9 @@ class Spikes:
 
 
 class Log:
-    """Keeps losses and norms on the device, reads them back together, writes and shows them.
+    """Keep losses and norms on the device, read them together, write and show them.
 
-    `limit` is called with each row that was read back, and may end the run.
+    `skip_limit` checks each row, and may end the run.
     """
 
     def __init__(self, s: Session, metrics: run.Metrics | run.NoMetrics, screen: Screen, skip_limit: SkipLimit):
@@ -52,7 +53,7 @@ class Log:
         self._losses: deque[float] = deque(maxlen=SUMMARY_STEPS)
         self._step_seconds: deque[float] = deque(maxlen=50)
         self._loss_spikes, self._norm_spikes = Spikes(), Spikes()
-        self.skipped = 0  # steps that were left out, in the whole run
+        self.skipped = 0  # skipped steps of the whole run
         for row in metrics.before:
             if "loss" in row:
                 self._z_scores(row)
@@ -60,15 +61,16 @@ class Log:
         self.start_clock()
 
     def _z_scores(self, row: dict) -> dict[str, float]:
-        """Of a row that may have been read from a file, where null stands for what is not finite."""
+        """Add a row to the windows and return its z-scores. None, which is null in the file, means not finite."""
         loss, norm = (math.nan if row[name] is None else row[name] for name in ("loss", "grad_norm"))
         return {"loss_z": self._loss_spikes.z(loss), "norm_z": self._norm_spikes.z(norm)}
 
     def start_clock(self) -> None:
-        """What has passed since the last flush belongs to no step."""
+        """Start timing again: the time since the last flush does not count as that of steps."""
         self._start = time.perf_counter()
 
     def step(self, lr: float, loss: Tensor, norm: Tensor) -> None:
+        """Keep the results of a step, and flush when it is time."""
         self._pending.append((self.s.step, lr, loss, norm))
         if self._is_time():
             self.flush()
@@ -80,7 +82,10 @@ class Log:
         return len(self._pending) >= (every or 1)
 
     def flush(self) -> None:
-        """The one place where the host waits for the device. RunError where too many steps were left out."""
+        """Read, write and show the results that are kept. RunError if too many steps were skipped.
+
+        This is the only place where the host waits for the device.
+        """
         if not self._pending:
             return
         steps, rates, losses, norms = zip(*self._pending)
@@ -106,18 +111,19 @@ class Log:
 
     @property
     def loss(self) -> float | None:
+        """Return the mean training loss of the last SUMMARY_STEPS steps; None before the first."""
         return fmean(self._losses) if self._losses else None
 
     @property
     def speed(self) -> float:
-        """Median tokens/s."""
+        """Return the median tokens/s of the newest reads."""
         return self.s.config.total_batch / median(self._step_seconds) if self._step_seconds else math.nan
 
     def _announce(self, row: dict) -> None:
-        """Show what is unusual about a step: it was left out, or its loss is a spike."""
+        """Report a step that was skipped, or whose loss is a spike."""
         step, loss, norm = row["step"], row["loss"], row["grad_norm"]
         if is_skipped(loss, norm):
-            self.screen.say(f"step {step}: left out, loss {loss}, norm {norm} ({self.skipped} so far)")
+            self.screen.say(f"step {step}: skipped, loss {loss}, norm {norm} ({self.skipped} so far)")
         elif 0 < self.s.config.spike < abs(row["loss_z"]):
             z = f"{row['loss_z']:+.2f} standard deviations from the mean of the last {WINDOW}"
             self.screen.say(f"step {step}: loss {loss:.3f} is a spike, {z}")

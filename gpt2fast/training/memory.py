@@ -1,4 +1,4 @@
-"""What to do when memory runs out: one line with the numbers and the remedy."""
+"""The error when memory runs out: one line with the numbers and the remedy."""
 
 import torch
 
@@ -9,30 +9,33 @@ from gpt2fast.training.flops import parameters
 
 
 def out_of_memory(c: Resolved, begun: bool = False) -> RunError:
-    """What to lower, and by how much. `begun`: a run that resumes from its last checkpoint with its own batch size."""
+    """Return the error that says what to lower, and to what.
+
+    `begun`: the run has begun, so that it can only be resumed, with its own batch size.
+    """
     halves = [b for b in range(c.batch_size // 2, 0, -1) if c.total_batch % (b * c.seq_len) == 0]
     smaller = [name for name, size in SIZES.items() if parameters(size) < parameters(c.model)]
     if begun or c.resume:
-        remedy = "free the memory that others hold, then continue with --resume"
+        remedy = "free the memory that other processes use, then continue with --resume"
         remedy += "" if c.recompute else ", and with --recompute, which keeps less"
     elif halves:
-        remedy = f"take --batch-size {halves[0]}; a step stays the same, in more micro-batches"
+        remedy = f"use --batch-size {halves[0]}; a step stays the same, in more micro-batches"
     elif not c.recompute:
-        remedy = "take --recompute, which keeps less of each block"
+        remedy = "use --recompute, which keeps less of each block"
     elif c.seq_len > 1 and c.seq_len % 2 == 0:
-        remedy = f"take --seq-len {c.seq_len // 2}"
+        remedy = f"use --seq-len {c.seq_len // 2}"
     else:
-        remedy = f"train the preset {smaller[-1]}" if smaller else "take a smaller model"
+        remedy = f"train the preset {smaller[-1]}" if smaller else "train a smaller model"
     sizes = f"--batch-size {c.batch_size} and --seq-len {c.seq_len}"
     return RunError(f"out of memory with {sizes}{_gpu_memory()}: {remedy}")
 
 
 def _gpu_memory() -> str:
-    """What this run held at most, and what its GPU has and had left, if CUDA tells."""
+    """Return the peak memory of this run, and the total and free memory of its GPU; "" without CUDA."""
     try:
         free, total = torch.cuda.mem_get_info()
         most = torch.cuda.max_memory_allocated()
     except (RuntimeError, AssertionError):  # no CUDA, or a context that was lost
         return ""
     gigabytes = [f"{number / 1e9:.1f}" for number in (most, total, free)]
-    return " (this run held up to {} GB of the device's {}, and {} are free)".format(*gigabytes)
+    return " (this run used up to {} GB of the device's {}, and {} are free)".format(*gigabytes)

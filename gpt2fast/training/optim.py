@@ -1,6 +1,6 @@
-"""AdamW with weight decay on matrices only, and the learning rate as a pure function of the step.
+"""AdamW with weight decay of matrices only, and the learning rate as a pure function of the step.
 
-Loshchilov & Hutter 2017, arXiv:1711.05101. Settings of the GPT-3 paper (arXiv:2005.14165, appendix B).
+Source: Loshchilov & Hutter 2017, arXiv:1711.05101; settings of the GPT-3 paper (arXiv:2005.14165, appendix B).
 """
 
 import math
@@ -16,11 +16,14 @@ from gpt2fast.machine.world import ALONE, World, shard, unwrapped
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
-ROW = 1024  # numbers of a gradient whose squares are summed by themselves
+ROW = 1024  # numbers of a gradient whose squares are summed first
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and LayerNorm weights do not. The tied head is in once."""
+    """Return two groups: matrices and embeddings, which decay; biases and LayerNorm weights, which do not.
+
+    The tied head is in the first group once.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -36,9 +39,10 @@ def adamw(
     kernels: ModuleType | None = None,
     world: World = ALONE,
 ) -> "AdamW":
-    """`lr` is 0 until the training loop sets it, each step, from `learning_rate`. `kernels`: of ops.kernels.
+    """Make the optimizer: TritonAdamW with `kernels` (from ops.kernels), else AdamW.
 
-    The ranks of `world` divide its state among them, by ZeRO-1: what is returned then only looks like an AdamW.
+    `lr` is 0 until the training loop sets it, in each step, from `learning_rate`. With several ranks in `world` ZeRO-1
+    divides the state among them: what is returned is then a ZeroRedundancyOptimizer around such an optimizer.
     """
     kind = AdamW if kernels is None else partial(TritonAdamW, kernels)
     make: Callable[..., AdamW] = kind if world.size == 1 else partial(shard, kind, world=world)
@@ -46,12 +50,12 @@ def adamw(
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, which also takes gradients from rounded copies of the weights, and rounds the weights again.
+    """torch's AdamW, which also takes gradients from rounded copies of the weights, and rounds the weights again.
 
-    `copies` maps a weight to its copy. Where the copy has a gradient, one compiled pass over memory converts it,
-    divides it by `grad_scale`, updates moments and weight, and writes the copy; torch would make three.
+    `copies` maps a weight to its copy. If the copy has a gradient, one compiled pass over memory converts it, divides
+    it by `grad_scale`, updates moments and weight, and writes the copy; torch would make three passes.
 
-    Where `found_inf` is 1, the step is left out: weights, copies, moments and "step" stay as they are.
+    If `found_inf` is 1, the step is skipped: weights, copies, moments and "step" stay as they are.
     """
 
     grad_scale: Tensor | None = None
@@ -62,12 +66,12 @@ class AdamW(torch.optim.AdamW):
         self.copies: dict[Tensor, nn.Parameter] = {}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here is done twice
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would compute the loss again
         divisor = torch.ones(()) if self.grad_scale is None else self.grad_scale
         for group in self.param_groups:
             for weight in group["params"]:
                 copy = self.copies.get(weight)
-                # a copy has a gradient on a CPU only, where asking found_inf waits for nothing
+                # copies have gradients on a CPU only, where reading found_inf needs no synchronization
                 if copy is not None and copy.grad is not None and not self.found_inf:
                     self._step_with_copy(group, weight, copy, divisor)
         super().step(closure)
@@ -78,7 +82,7 @@ class AdamW(torch.optim.AdamW):
             copy.grad = None
 
     def _state(self, weight: Tensor) -> dict[str, Tensor]:
-        """As torch's fused one has it."""
+        """Return the state of a weight, made as torch's fused AdamW makes it."""
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)
@@ -100,12 +104,12 @@ class AdamW(torch.optim.AdamW):
 class TritonAdamW(AdamW):
     """The same in one launch over all weights, with or without copies: kernels/adamw.py.
 
-    `step` is `send_numbers`, which is the host's work and waits for nothing, and `update`, which is the device's: a
-    captured graph of `update` finds the numbers of each step where `send_numbers` puts them. Where `grad_scale` is not
-    finite, `update` leaves the step out; so "step" is counted on the device.
+    `step` is `send_numbers`, the host's work, which does not wait for the device, and `update`, the device's work: a
+    captured graph of `update` finds the numbers of each step where `send_numbers` puts them. If the divisor of the
+    gradients is not finite, `update` skips the step; so "step" is counted on the device.
 
-    Not for fp16, where GradScaler has its own pass over the gradients, and leaves the step out if one is infinite:
-    torch's fused AdamW asks the device for that, here GradScaler would wait for it.
+    Not for fp16: GradScaler makes a pass of its own over the gradients, and skips the step if one is infinite. torch's
+    fused AdamW checks that on the device; here GradScaler would make the host wait for it.
     """
 
     def __init__(self, kernels: ModuleType, *args, **options):
@@ -121,7 +125,7 @@ class TritonAdamW(AdamW):
 
     @torch.no_grad()
     def send_numbers(self) -> None:
-        """The settings of every weight that has a gradient."""
+        """Copy the settings of every weight that has a gradient to the device."""
         settings = [
             (*group["betas"], group["eps"], group["lr"], group["weight_decay"]) for group, *_ in self._with_gradients()
         ]
@@ -132,17 +136,19 @@ class TritonAdamW(AdamW):
 
     @torch.no_grad()
     def update(self, divisor: Tensor | None = None) -> None:
-        """Weights, moments and copies, from gradients that are divided by `divisor`; nothing where it is not finite."""
+        """Update weights, moments and copies by gradients / `divisor`; do nothing if `divisor` is not finite."""
         self.refresh_table()
         self._kernels.adamw_(self._table, torch.ones((), device=self._table.device) if divisor is None else divisor)
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients (0-d, fp32, on the device)."""
         self.refresh_table()
         return self._kernels.gradient_norm(self._table)
 
     def refresh_table(self) -> None:
-        """Gradients may be elsewhere in each step, moments after a checkpoint was loaded."""
+        """Bring the kernels' table of addresses up to date: gradients may move in each step, and moments when a
+        checkpoint is loaded."""
         rows = []
         for _, weight, holder, state in self._with_gradients():
             assert holder.grad is not None
@@ -156,7 +162,7 @@ class TritonAdamW(AdamW):
         return [weight for group in self.param_groups for weight in group["params"]]
 
     def _with_gradients(self) -> Iterator[tuple[dict, Tensor, Tensor, dict[str, Tensor]]]:
-        """(group, weight, whichever of weight and copy has the gradient, state)"""
+        """Yield (group, weight, the one of weight and copy that has the gradient, state)."""
         for group in self.param_groups:
             for weight in group["params"]:
                 copy = self.copies.get(weight)
@@ -167,12 +173,12 @@ class TritonAdamW(AdamW):
 
 @cache
 def _compile(fn: Callable) -> Callable:
-    """At its first use, for any length: torch.compile imports a lot."""
+    """Compile `fn` at its first use, since torch.compile imports a lot; for tensors of any length."""
     return torch.compile(fn, dynamic=True)
 
 
 def _update_weight(w: Tensor, copy: Tensor, g: Tensor, m: Tensor, v: Tensor, divisor: Tensor, numbers: Tensor) -> None:
-    """Algorithm 2 of the paper, in place; everything flat, computed in fp32."""
+    """Update flat tensors in place by algorithm 2 of the paper, computed in fp32."""
     beta1, beta2, eps, keep, lr, correction = numbers.unbind()
     g = g.float() / divisor
     m.copy_(beta1 * m + (1 - beta1) * g)
@@ -182,7 +188,7 @@ def _update_weight(w: Tensor, copy: Tensor, g: Tensor, m: Tensor, v: Tensor, div
 
 
 def _rows_and_rest(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat numbers as rows of ROW, and the rest of them."""
+    """Return the flat `g` as rows of ROW numbers, and the rest of it."""
     whole = len(g) // ROW
     return g[: whole * ROW].view(whole, ROW), g[whole * ROW :]
 
@@ -193,7 +199,7 @@ def _square_sum(g: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
-    """Of step 0 .. total-1: linear warm-up to `peak` over `warmup` steps, then a cosine to `floor` at the last."""
+    """Return the rate of `step`, 0 to total-1: linear warm-up to `peak` in `warmup` steps, then a cosine to `floor`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
@@ -204,12 +210,12 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
 def clip_and_step(
     optimizer: torch.optim.Optimizer, max_norm: float, scaler: torch.amp.GradScaler | None = None
 ) -> Tensor:
-    """Shorten the gradient to a norm of at most `max_norm`, and step; the norm before (0-d, on the device).
+    """Clip the gradient to a norm of at most `max_norm`, and step. Return the norm before (0-d, on the device).
 
-    If the norm is not finite, the step does nothing. A fused optimizer divides by `grad_scale` on its way, which saves
-    a pass, and finds in `found_inf` (TritonAdamW in `grad_scale`) whether to do anything, so that the host waits for
-    nothing: both are attributes, since torch's fused AdamW takes them from its GradScaler so. One that is not fused
-    gets shortened gradients, or none.
+    If the norm is not finite, the step is skipped. A fused optimizer divides the gradients by its attribute
+    `grad_scale` in the same pass, and skips the step if `found_inf` is 1 (TritonAdamW: if `grad_scale` is not finite),
+    so that the host does not wait for the device. Both are attributes because torch's fused AdamW gets them in this way
+    from GradScaler. An optimizer that is not fused gets clipped gradients, or none.
     """
     if scaler:
         scaler.unscale_(optimizer)
@@ -235,13 +241,16 @@ def clip_and_step(
 
 
 def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
-    """What the gradient is divided by. It is not finite where the norm is not: inf / inf is NaN."""
+    """Return the number to divide the gradient by; not finite if the norm is not, even for a `max_norm` of inf."""
     return (norm / max_norm).clamp(min=1.0)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Of all gradients together, fp32. On a CPU of rows first: in one sum over 38 M numbers torch loses 1e-3, as does
-    BLAS in a dot product, and another number of threads loses other bits. Rows take no longer and lose 1e-7."""
+    """Return the norm of all gradients together, in fp32.
+
+    On a CPU rows of ROW numbers are summed first: torch's sum over 38 M numbers at once has an error of 1e-3, and so
+    has BLAS's dot product, with other bits for another number of threads. With rows it is 1e-7, at the same speed.
+    """
     if gradients[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(gradients)
     squares = []

@@ -1,6 +1,6 @@
-"""Curves of training runs: loss.png of one, which train draws, and runs.png, which compares several.
+"""Curves of training runs: the loss.png of one run, drawn by train, and runs.png, which compares several.
 
-Figures are made without pyplot, so there is no display and no global state; matplotlib is imported where a figure is
+Figures are made without pyplot, so there is no display and no global state. matplotlib is imported where a figure is
 made, since that takes half a second.
 """
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart; yellow left out, which white paper swallows
+# Okabe and Ito's colours, which colour-blind people can tell apart, without yellow, which is hard to see on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-STYLES = ("-", "--", ":", "-.")  # for the 8th run and on
-SMOOTH = 20  # a curve is averaged over a part in so many of its length
-COLUMNS = 1000  # about a picture's pixels
-MADE_HERE = {"Software": "gpt2fast"}  # what stands in a PNG file of ours
+STYLES = ("-", "--", ":", "-.")  # the next one from the 8th run on
+SMOOTH = 20  # a curve is averaged over 1/20 of its length
+COLUMNS = 1000  # about the width of a picture in pixels
+MADE_HERE = {"Software": "gpt2fast"}  # metadata of the PNG files
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a curve needs: rows of metrics.jsonl, and the unigram entropy of the run's data."""
+    """A run to draw: its rows of metrics.jsonl, and the unigram entropy of its data."""
 
     label: str
     rows: Sequence[dict]
@@ -37,14 +37,14 @@ class Run:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG file."""
+    """Write a figure to a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata=MADE_HERE)
     write_atomic(path, buffer.getvalue())
 
 
 def loss_curve(rows: Iterable[dict], path: Path, title: str, unigram_entropy: float) -> None:
-    """Draw metrics rows to a PNG file. Of each no more is kept than two numbers: it may be one of very many."""
+    """Draw the losses of metrics rows to a PNG file. Two numbers of a row are kept, since a run may have very many."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -66,8 +66,10 @@ def loss_curve(rows: Iterable[dict], path: Path, title: str, unigram_entropy: fl
 
 
 def compare(runs: Sequence[Run]) -> "Figure":
-    """Loss, learning rate, gradient norm and tokens/s of some runs, a colour each, over steps; over tokens, if their
-    steps are of different size. Every run has a row with a loss."""
+    """Draw loss, learning rate, gradient norm and tokens/s of some runs, each in its colour.
+
+    The x axis is the step, or the tokens if the runs' steps have different sizes. Every run needs a row with a loss.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
@@ -114,13 +116,16 @@ def compare(runs: Sequence[Run]) -> "Figure":
 
 
 def series(rows: Sequence[dict], name: str) -> list[tuple[int, float]]:
-    """(step, value) of the rows that have one; an fp16 gradient's norm that was infinite is none."""
+    """Return (step, value) of the rows that have a value. An infinite gradient norm is null in the file: no value."""
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
 def envelope(points: np.ndarray) -> np.ndarray:
-    """Of (n, 2) points the lowest and the highest in each of COLUMNS parts: a picture shows no more of a long curve,
-    and drawing all of 20,000 steps takes a second and 100 MB at every validation."""
+    """Return the lowest and the highest of (n, 2) points in each of COLUMNS parts.
+
+    A picture shows no more of a long curve, and drawing all of 20,000 steps takes a second and 100 MB at every
+    validation.
+    """
     if len(points) <= 2 * COLUMNS:
         return points
     found = set()
@@ -131,7 +136,7 @@ def envelope(points: np.ndarray) -> np.ndarray:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Moving average, centred, over a twentieth of the curve; narrower at its ends, so that no value is made up."""
+    """Return the centred moving average over 1/SMOOTH of the curve; the window shrinks at the ends."""
     half = len(y) // (2 * SMOOTH)
     sums = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))

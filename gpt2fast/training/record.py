@@ -1,4 +1,4 @@
-"""config.json of a run: its settings, its choices, what its data is, the machine, and every resume."""
+"""The config.json of a run: its settings, its choices, facts about its data, the machine, and every resume."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,13 +14,13 @@ NEEDED = ("device_name", "ranks", "precision", "residual", "compile", "ops", "au
 
 
 def choices_and_facts(choices: Choices, **facts: float | str) -> dict:
-    """What stands beside the settings, plain JSON."""
+    """Return what config.json keeps beside the settings, as plain JSON."""
     assert set(facts) == set(FACTS)
     return asdict(choices) | facts
 
 
 def read_record(folder: Path) -> tuple[TrainConfig, dict]:
-    """The settings of a run, and what they were resolved to; UserError if config.json is missing or damaged."""
+    """Read the settings of a run, and its choices and facts. UserError if config.json is missing or damaged."""
     path = folder / "config.json"
     try:
         record = checked.read_json(path)
@@ -33,21 +33,21 @@ def read_record(folder: Path) -> tuple[TrainConfig, dict]:
         return from_dict(record["config"]), found
     except FileNotFoundError:
         raise UserError(
-            f"{folder} holds no run ({path.name} is missing): name another, or start one (python -m gpt2fast.train)"
+            f"{folder} holds no run ({path.name} is missing): name another, or start one with python -m gpt2fast.train"
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         raise UserError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None
 
 
 def changed_settings(new: dict, old: dict) -> dict[str, list]:
-    """{setting: [old, new]} of two `to_dict`s, without the settings that only say where and how a run is started."""
-    old = to_dict(from_dict(old))  # it may have fewer settings
-    started = ("resume", "stop_at", "out", "run")
-    return {name: [old[name], new[name]] for name in new if new[name] != old[name] and name not in started}
+    """Return {setting: [old, new]} of two `to_dict`s, without the settings of a start: --resume, --out and such."""
+    old = to_dict(from_dict(old))  # adds settings that an older version did not have
+    of_a_start = ("resume", "stop_at", "out", "run")
+    return {name: [old[name], new[name]] for name in new if new[name] != old[name] and name not in of_a_start}
 
 
 def changed_choice(choices: Choices, was: dict) -> tuple[str, object, object] | None:
-    """The first choice (name, earlier, now) that would change the bits of a run, if there is one."""
+    """Return the first choice (name, earlier, now) that would change the bits of a run; None if there is none."""
     for f in fields(choices):
         now = asdict(choices)[f.name]
         if f.metadata.get("bits", True) and f.name in was and was[f.name] != now:

@@ -1,10 +1,10 @@
-"""A run's folder, out/<run>/: who may write there, and what stands in it.
+"""The folder of a run, out/<run>/, and the signals that end a run.
 
 lock             held by the one process that works here; the system frees it, also after kill -9
 config.json      settings, what became of "auto", machine, versions, commit, and every resume
-metrics.jsonl    a line a step, and a line a validation or sample
+metrics.jsonl    a line a step, and a line a validation, HellaSwag score or sample
 loss.png         redrawn at every validation and at the end
-checkpoints/     see checkpoint.py
+checkpoints/     weights/checkpoint.py
 """
 
 import contextlib
@@ -21,18 +21,17 @@ from gpt2fast.files.atomic import named, write_atomic
 
 
 def check_unused(folder: Path) -> None:
-    """UserError if there is anything in `folder`; writes nothing."""
+    """Raise UserError if `folder` holds anything but a lock. Writes nothing."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder with --out or --run")
     if folder.is_dir() and any(path.name != "lock" for path in folder.iterdir()):
-        kind = "a run" if (folder / "config.json").exists() else "other files"
-        raise UserError(
-            f"{folder} already holds {kind}: continue it with --resume, or choose another name with --run NAME"
-        )
+        is_run = (folder / "config.json").exists()
+        found = "a run: continue it with --resume, or" if is_run else "other files:"
+        raise UserError(f"{folder} already holds {found} choose another name with --run NAME")
 
 
 def run_folder(source: str | Path) -> Path | None:
-    """The run folder of `source`, if it is a run or one of its checkpoints; else None."""
+    """Return the run folder of `source`, if it is a run or one of its checkpoints; else None."""
     path = Path(source)
     above = path.parents[1] if path.parent.name == "checkpoints" and len(path.parents) > 1 else path
     found = (folder for folder in (path, above) if (folder / "metrics.jsonl").exists())
@@ -40,11 +39,11 @@ def run_folder(source: str | Path) -> Path | None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for place in (folder, folder / "checkpoints"):
-        for path in place.glob(".*.tmp") if place.is_dir() else ():
+    """Remove what a killed process did not finish writing or deleting."""
+    for parent in (folder, folder / "checkpoints"):
+        for path in parent.glob(".*.tmp") if parent.is_dir() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in place.glob(".*.deleted") if place.is_dir() else ():
+        for path in parent.glob(".*.deleted") if parent.is_dir() else ():
             shutil.rmtree(path)
 
 
@@ -74,10 +73,10 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class Metrics:
-    """Context manager. Appends rows to metrics.jsonl, and to TensorBoard's files if a folder for them is given."""
+    """Context manager that appends rows to metrics.jsonl, and to TensorBoard's files if their folder is given."""
 
     def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None):
-        """Rows after `last_step`, which a resumed run makes again, are dropped: every step stands there once."""
+        """Keep the rows up to `last_step` as `before`, and drop the later ones, which a resumed run writes again."""
         self.before = [row for row in read_metrics(path) if row["step"] <= last_step]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.before))
         self._path = path
@@ -85,7 +84,7 @@ class Metrics:
         self._writer = _tensorboard_writer()(tensorboard, purge_step=last_step + 1) if tensorboard else None
 
     def write(self, row: dict) -> None:
-        # JSON has no NaN and no infinity, and a step that is left out has them
+        # JSON has no NaN and no infinity, which a skipped step has
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         with named(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -102,13 +101,13 @@ class Metrics:
 
     def __exit__(self, *_) -> None:
         with named(self._path):
-            self._file.close()  # which writes again what a full disk did not take, and fails again
+            self._file.close()  # writes again what a full disk refused, and may fail again
         if self._writer:
             self._writer.close()
 
 
 class NoMetrics:
-    """Of a rank that writes nothing."""
+    """Metrics for ranks other than 0: writes nothing."""
 
     def __init__(self):
         self.before: list[dict] = []
@@ -124,7 +123,7 @@ class NoMetrics:
 
 
 def check_tensorboard() -> None:
-    """UserError if TensorBoard is not installed."""
+    """Raise UserError if TensorBoard is not installed."""
     _tensorboard_writer()
 
 
@@ -137,17 +136,18 @@ def _tensorboard_writer() -> type:
 
 
 class Interrupt:
-    """While it is entered, Ctrl-C and SIGTERM are remembered instead of obeyed; a second Ctrl-C is obeyed.
+    """Context manager that records Ctrl-C and SIGTERM instead of ending the process; a second Ctrl-C ends it.
 
-    `signal` is the number that came, or None. The loop asks between steps, and ends with a checkpoint. Within a
-    step it asks `overdue`: a step that is not done `GRACE` seconds after the signal is given up, so that the
-    checkpoint of the one before it is written before whoever sent the signal loses patience.
+    `signal` is the number that came, or None. The loop checks it between steps, and ends with a checkpoint. Within a
+    step it checks `overdue`: a step that is not done `GRACE` seconds after the signal is given up, so that the
+    checkpoint of the step before it is written before the sender of the signal resorts to SIGKILL.
 
-    One Ctrl-C may come twice: from the terminal, which sends it to all its processes, and from torchrun.
+    One Ctrl-C may come twice within `ECHO` seconds: from the terminal, which sends it to all its processes, and from
+    torchrun. It counts once.
     """
 
-    GRACE = 5.0
-    ECHO = 1.0  # seconds
+    GRACE = 5.0  # seconds
+    ECHO = 1.0
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
@@ -163,6 +163,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def overdue(self) -> bool:
+        """Return whether a signal came more than GRACE seconds ago."""
         return self.signal is not None and time.monotonic() - self._since > self.GRACE
 
     def _remember(self, number: int, _frame) -> None:

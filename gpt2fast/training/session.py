@@ -1,13 +1,13 @@
-"""From settings to everything that the first step needs. Reads, compiles, computes; writes nothing.
+"""The way from settings to everything that the first step needs. It reads, compiles and computes, and writes nothing.
 
     place     device, precision, memory                                   choices.settle
-    config    nothing in it follows from others any more                  config.resolve
+    config    a value for each setting that depends on others             config.resolve
     inputs    weights, data, examples                                     inputs.read_inputs
     choices   what every "auto" became                                    choices.choose
-    session   the model and its step, built, resumed and rehearsed        start_session
+    session   the model and its step: built, resumed and rehearsed        start_session
 
-Each is asked once. So whatever cannot work (data, device, memory, a checkpoint that does not fit) is refused before a
-run has begun.
+Each stage runs once. So anything that cannot work (data, device, memory, a checkpoint that does not fit) is refused
+before the run begins.
 """
 
 import math
@@ -57,12 +57,12 @@ class Session:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of an optimizer step in this process."""
+        """Return the micro-batches of an optimizer step in this process."""
         return self.config.accumulation // self.world.size
 
     @property
     def choices_and_facts(self) -> dict:
-        """What config.json keeps beside the settings."""
+        """Return what config.json keeps beside the settings."""
         return choices_and_facts(
             self.choices,
             parameters=parameter_count(self.model),
@@ -71,18 +71,19 @@ class Session:
         )
 
     def mfu(self, tokens_per_second: float) -> float | None:
+        """Return the model FLOPs utilisation of one process; None if the device's peak is unknown."""
         c = self.config
         peak = flops.peak_flops(self.choices.device_name, self.choices.precision, c.tf32)
         return flops.mfu(tokens_per_second / self.world.size, c.model, c.seq_len, peak)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of this process from `step` on."""
+        """Return the batches of this process from `step` on."""
         first = self.step * self.config.accumulation + self.world.rank
         return self.inputs.train.batches(first, self.place.device, self.world.size)
 
 
 def start_session(settings: TrainConfig, world: World = ALONE) -> Session:
-    """Get a run ready. UserError on anything that would stop it later. Every rank calls it."""
+    """Prepare a run. UserError on anything that would stop it later. Every rank must call it."""
     place = settle(settings, world)
     c = config.resolve(settings, place.memory, world.size)
     config.check(c, world.size)
@@ -109,6 +110,7 @@ def start_session(settings: TrainConfig, world: World = ALONE) -> Session:
 
 
 def initial_model(c: Resolved, place: Place, choices: Choices, weights: Weights | None) -> GPT:
+    """Build the model on its device, with `weights` if given, else with random ones."""
     built = ops.build(choices.ops, place.device.type)
     low = choices.residual != "fp32"
     model = GPT(c.model, built, c.seed, residual="low" if low else "fp32", recompute=choices.recompute)
@@ -118,6 +120,7 @@ def initial_model(c: Resolved, place: Place, choices: Choices, weights: Weights 
 
 
 def build_step(c: Resolved, choices: Choices, model: GPT, world: World) -> TrainingStep:
+    """Build the training step with its optimizer."""
     kernels = ops.kernels(model.wte.weight.device.type) if choices.optimizer == "triton" else None
     zero = world if c.zero else ALONE
     kind = GraphedStep if choices.cuda_graph else TrainingStep
@@ -134,17 +137,17 @@ def build_step(c: Resolved, choices: Choices, model: GPT, world: World) -> Train
 
 
 def load_checkpoint(s: Session) -> None:
-    """Put the run's newest checkpoint into the session; UserError if it is damaged, or of other data."""
+    """Load the run's newest checkpoint into the session. UserError if it is damaged, or was trained on other data."""
     found = checkpoint.list_checkpoints(s.checkpoints)
     if not found:
-        raise UserError(f"{s.config.folder} holds no checkpoint yet: delete it, and begin again without --resume")
+        raise UserError(f"{s.config.folder} holds no checkpoint yet: delete it, and start again without --resume")
     step, path = found[-1]
     state = checkpoint.read_state(path)
     fingerprint = s.inputs.dataset.fingerprint
     if state["data_fingerprint"] != fingerprint:
         raise UserError(
             f"data {s.config.data} has fingerprint {fingerprint}, and {path} was trained on "
-            f"{state['data_fingerprint']}: restore that data, or begin a new run with --run NAME"
+            f"{state['data_fingerprint']}: restore that data, or start a new run with --run NAME"
         )
     if step >= s.config.steps:
         raise UserError(f"run {s.config.folder} is complete at step {step}: raise --steps above {step} to train on")
@@ -155,19 +158,19 @@ def load_checkpoint(s: Session) -> None:
 
 
 def check_same_bits(s: Session, before: TrainConfig, was: dict) -> None:
-    """UserError where --deterministic would continue with other bits than the run began with."""
+    """Raise UserError if both the run and its resume are --deterministic, and a choice would change the bits."""
     if not (s.config.deterministic and before.deterministic):
         return
     if found := changed_choice(s.choices, was):
         name, old, new = found
         raise UserError(
-            f"run {s.config.folder} had {name} = {old}, and now it is {new}: its bits would change, "
-            "which --deterministic rules out: go back (OMP_NUM_THREADS sets threads), or add --no-deterministic"
+            f"run {s.config.folder} had {name} = {old}, and now it is {new}, which would change its bits, and it is "
+            "--deterministic: restore that (OMP_NUM_THREADS sets threads), or add --no-deterministic"
         )
 
 
 def rehearse(s: Session) -> None:
-    """Compile the step, see that it fits into memory, time it, and look at the loss; the model stays as it is."""
+    """Compile the step, and check that it fits into memory, its time and its loss. The model is not changed."""
     if s.choices.compile:
         print("compiling the training step, which takes up to a minute ...", flush=True)
     try:
@@ -176,4 +179,4 @@ def rehearse(s: Session) -> None:
         raise out_of_memory(s.config) from None
     s.expected_seconds = (s.config.steps - s.step) * s.accumulation * seconds
     if not math.isfinite(s.first_loss):
-        raise UserError(f"the loss is {s.first_loss} at step {s.step + 1}: look at the data, or try --precision fp32")
+        raise UserError(f"the loss is {s.first_loss} at step {s.step + 1}: check the data, or try --precision fp32")

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, clipping, AdamW. Training and benchmarks both run this."""
+"""One optimizer step, in training and in benchmarks: micro-batches forward and backward, clipping, AdamW."""
 
 import contextlib
 import copy
@@ -18,22 +18,23 @@ from gpt2fast.training import optim
 
 Batch = tuple[Tensor, Tensor]
 Copies = Literal["autocast", "rounded", "written"]
-"""Who rounds the blocks' matrices to the compute dtype (rounded.py).
+"""Where the blocks' matrices are rounded to the compute dtype (rounded.py).
 
-    autocast   autocast, in each micro-batch; there are no copies
-    rounded    the training step, once for all its micro-batches; gradients go to the weights
-    written    the optimizer, which writes the copies as it updates the weights
+    autocast   by autocast, in each micro-batch; there are no copies
+    rounded    by the training step, once for all its micro-batches; gradients go to the weights
+    written    by the optimizer, which writes the copies as it updates the weights
 """
 
 
 def compile_model(model: GPT, device: torch.device, mode: str | None = None) -> nn.Module:
-    """The model by torch.compile, `mode` as there; it shares the weights of `model`, which stays uncompiled.
+    """Return the model compiled by torch.compile with `mode`. It shares the weights of `model`, which is not changed.
 
-    On a CPU block by block: all blocks share one compilation, so that it takes seconds and not a minute; and the
-    embedding's gradient stays sparse. Elsewhere whole, since launches and passes over memory weigh more there.
+    On a CPU each block is compiled by itself: all blocks share one compilation, which then takes seconds and not a
+    minute, and the embedding's gradient stays sparse. Elsewhere the model is compiled as a whole, since launches and
+    passes over memory cost more there.
     """
     if device.type != "cpu":
-        return torch.compile(model, dynamic=False, mode=mode)  # type: ignore[return-value]  # of a module, a module
+        return torch.compile(model, dynamic=False, mode=mode)  # type: ignore[return-value]  # a module, for a module
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     blocks = [torch.compile(block, dynamic=False, mode=mode) for block in model.h]
@@ -44,10 +45,10 @@ def compile_model(model: GPT, device: torch.device, mode: str | None = None) -> 
 def kind_of_copies(
     precision: Precision, device: torch.device, accumulation: int, compiled: bool, optimizer: str, ranks: int
 ) -> Copies:
-    """Which copies pay. `optimizer` is "triton", "torch" (AdamW of optim.py, fused) or another.
+    """Return the fastest kind of copies. `optimizer` is "triton", "torch" (AdamW of optim.py, fused) or another.
 
-    Several ranks leave the rounding to autocast: DDP must see the gradients where they are added up. For a single
-    micro-batch copies pay only where the optimizer writes them: else they cost memory and save nothing.
+    With several ranks autocast rounds: DDP must see the gradients of the weights that it averages. With one micro-batch
+    copies pay only if the optimizer writes them: else they cost memory and save nothing.
     """
     if precision == "fp32" or ranks > 1:
         return "autocast"
@@ -58,6 +59,7 @@ def kind_of_copies(
 
 
 def kind_of_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of the optimizer for `kind_of_copies`."""
     if isinstance(optimizer, optim.TritonAdamW):
         return "triton"
     fused = isinstance(optimizer, optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
@@ -65,10 +67,10 @@ def kind_of_optimizer(optimizer: torch.optim.Optimizer) -> str:
 
 
 class TrainingStep:
-    """step(batches, lr) updates the model once and returns loss and gradient norm, without waiting for the device.
+    """The callable that updates the model once: step(batches, lr) returns loss and gradient norm, on the device.
 
-    Each of several ranks takes `accumulation` batches of its own; gradients and loss are averaged once, at the end.
-    `copies` None: those that pay.
+    The host does not wait for the device. Each of several ranks takes `accumulation` batches of its own; gradients and
+    loss are averaged once, at the end. `copies` None: as `kind_of_copies` says.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class TrainingStep:
         written = self.copies == "written"
         self.rounded: Rounded | None = None
         if self.copies != "autocast":
-            # the optimizer takes the gradients of the copies, unless they are added up, which is done in fp32
+            # the optimizer takes the gradients of the copies, unless several are added, which needs fp32
             self.rounded = Rounded(model, DTYPES[precision], keep_gradients=written and accumulation == 1)
         if isinstance(optimizer, optim.AdamW):
             optimizer.copies = dict(self.rounded.copies) if self.rounded and written else {}
@@ -109,9 +111,10 @@ class TrainingStep:
     def __call__(
         self, batches: Iterator[Batch], lr: float, give_up: Callable[[], bool] = lambda: False
     ) -> tuple[Tensor, Tensor] | None:
-        """Take `accumulation` batches; the mean loss and the gradient's norm before clipping, as 0-d device tensors.
+        """Take `accumulation` batches and update the model. Return the mean loss and the gradient norm before clipping,
+        as 0-d tensors on the device.
 
-        `give_up` is asked before each micro-batch; if it says yes, nothing is updated and the result is None.
+        `give_up` is called before each micro-batch; if it returns True, nothing is updated and the result is None.
         """
         total = torch.zeros((), device=self.device)
         for left in reversed(range(self.accumulation)):
@@ -125,17 +128,17 @@ class TrainingStep:
         return total, self.update()
 
     def micro_batch(self, x: Tensor, y: Tensor) -> Tensor:
-        """Forward and backward; its share of the mean loss."""
+        """Run forward and backward. Return the micro-batch's share of the mean loss."""
         loss = self.loss(x, y) / self.accumulation
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def no_sync(self) -> contextlib.AbstractContextManager:
-        """Forward and backward within add to this rank's gradients alone."""
+        """Return a context in which backward adds to this rank's gradients and DDP does not average them."""
         return self.forward.no_sync() if isinstance(self.forward, DDP) else contextlib.nullcontext()
 
     def forget_gradients(self) -> None:
-        """Where DDP is, they lie in its buckets, and stay there."""
+        """Set gradients to None, or with DDP, whose buckets hold them, to zero."""
         self.optimizer.zero_grad(set_to_none=self.world.size == 1)
 
     def set_lr(self, lr: float) -> None:
@@ -143,7 +146,8 @@ class TrainingStep:
             group["lr"] = lr
 
     def update(self) -> Tensor:
-        """Clip, step, forget the gradients; the norm before clipping. If it is not finite, the step is left out."""
+        """Clip, step, and forget the gradients. Return the norm before clipping; if it is not finite, the step is
+        skipped."""
         norm = optim.clip_and_step(self.optimizer, self.grad_clip, self.scaler)
         self.forget_gradients()
         if self.rounded and self.copies == "rounded":
@@ -151,12 +155,12 @@ class TrainingStep:
         return norm
 
     def rehearse(self, batch: Batch) -> tuple[float, float]:
-        """One micro-batch forward and backward, three times, changing nothing: its loss, and seconds for the third.
+        """Run a micro-batch forward and backward three times. Return its loss, and the seconds of the third time.
 
-        What is compiled is compiled now, and what does not fit into memory fails now, before a run has begun.
+        The model is not changed. Compilation happens now, and too little memory is noticed now, before the run begins.
         """
         if self.rounded:
-            self.rounded.refresh()  # a checkpoint may have been loaded
+            self.rounded.refresh()  # weights may be those of a checkpoint, loaded since
         for _ in range(3):
             synchronize(self.device)
             start = time.perf_counter()

@@ -48,7 +48,7 @@ def test_the_choice_is_stored_and_shown_and_a_resumed_run_keeps_it(tmp_path, cap
     shown = capsys.readouterr().out
     assert "measuring the ops" in shown
     assert "ops         auto, forward + backward\n            embedding=compiled 1.00 ms (torch 2.00)\n" in shown
-    assert "            mlp=torch, as --ops says\n" in shown
+    assert "            mlp=torch, given by --ops\n" in shown
     chosen = record(straight)["resolved"]
     assert chosen["ops"] == dict.fromkeys(NAMES, "compiled") | {"mlp": "torch"}
     assert chosen["auto"] == {op: {"torch": 2.0, "compiled": 1.0} for op in NAMES if op != "mlp"}
@@ -115,7 +115,7 @@ def test_no_memory_for_torch_is_said_in_one_line(tmp_path, planted, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(auto, "measure_op", measure_op)
-    with pytest.raises(RunError, match=r"out of memory with --batch-size 2 .*: take --batch-size 1"):
+    with pytest.raises(RunError, match=r"out of memory with --batch-size 2 .*: use --batch-size 1"):
         start_session(tiny.config(tmp_path, backend="auto"))
 
 

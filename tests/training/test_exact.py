@@ -156,7 +156,7 @@ def test_two_deterministic_runs_of_our_kernels_are_one(tmp_path, capsys):
 
 
 def test_it_is_refused_where_ops_are_picked_by_time(tmp_path):
-    with pytest.raises(UserError, match="picks ops by time.*name --backend torch or triton"):
+    with pytest.raises(UserError, match="picks ops by time.*use --backend torch or triton"):
         start_session(settings(tmp_path, deterministic=True, backend="auto"))
 
 
@@ -208,5 +208,5 @@ def test_another_number_of_threads_is_refused_until_the_promise_is_given_up(tmp_
 def test_another_precision_is_refused_too(tmp_path, capsys):
     c = settings(tmp_path, deterministic=True, stop_at=2)
     train.train(c)
-    with pytest.raises(UserError, match="had precision = fp32, and now it is bf16: its bits would change"):
+    with pytest.raises(UserError, match="had precision = fp32, and now it is bf16, which would change its bits"):
         start_session(replace(c, resume=True, precision="bf16", stop_at=None))

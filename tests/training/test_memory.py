@@ -23,11 +23,11 @@ def out_of_memory(*_, **__):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({}, "take --batch-size 1; a step stays the same"),
-        ({"batch_size": 6, "total_batch": 96 * 2}, "take --batch-size 3;"),
-        ({"batch_size": 1}, "take --recompute,"),
-        ({"batch_size": 1, "recompute": True}, "take --seq-len 8"),
-        ({"batch_size": 1, "recompute": True, "seq_len": 1}, "take a smaller model"),
+        ({}, "use --batch-size 1; a step stays the same"),
+        ({"batch_size": 6, "total_batch": 96 * 2}, "use --batch-size 3;"),
+        ({"batch_size": 1}, "use --recompute,"),
+        ({"batch_size": 1, "recompute": True}, "use --seq-len 8"),
+        ({"batch_size": 1, "recompute": True, "seq_len": 1}, "train a smaller model"),
     ],
     ids=str,
 )
@@ -38,7 +38,7 @@ def test_out_of_memory_before_the_first_step(folder, monkeypatch, changes, remed
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 78 * 10**9)
     with pytest.raises(RunError, match=remedy) as stopped:
         train(tiny.config(folder, **changes))
-    assert "(this run held up to 78.0 GB of the device's 80.0, and 2.0 are free)" in str(stopped.value)
+    assert "(this run used up to 78.0 GB of the device's 80.0, and 2.0 are free)" in str(stopped.value)
     assert stopped.value.exit_code == 1
     assert not (folder / "out").exists()
 

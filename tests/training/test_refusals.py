@@ -43,7 +43,7 @@ CUDA_ABSENT = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine
 # (flags, damage to the data, what the line must say)
 BAD = {
     "T beyond block size": (["--seq-len", "32"], None, "--seq-len 32 is longer than the model's block size 16"),
-    "B*T not dividing": (["--total-batch", "100"], None, r"--total-batch 100 is no multiple of B\*T = 2\*16 = 32"),
+    "B*T not dividing": (["--total-batch", "100"], None, r"--total-batch 100 is not a multiple of B\*T = 2\*16 = 32"),
     "too short": ([], raw_shard(32), r"a batch needs B\*T\+1 = 33 tokens .*, and the longest shard holds 32"),
     "truncated": ([], damage_bytes(lambda raw: raw[:-2]), "counts 1000 tokens, which take 3024 bytes, but it has 3022"),
     "wrong magic": ([], damage_bytes(lambda raw: b"\x71\xda\x34\x01" + raw[4:]), "wrong magic"),
@@ -57,7 +57,7 @@ BAD = {
     "device unsupported": (["--device", "meta"], None, "device meta is not supported"),
     "fp16 on CPU": (["--precision", "fp16"], None, "fp16 needs a CUDA GPU"),
     "learning rate": (["--lr", "nan"], None, "--lr is nan: it must be more than 0"),
-    "steps": (["--steps", "0"], None, "--steps is 0: it must be more than 0"),
+    "steps": (["--steps", "0"], None, "--steps is 0: it must be at least 1"),
     "warm-up": (["--warmup", "21"], None, "--warmup 21 is longer than the run of --steps 20"),
     "run is a path": (["--run", "../x"], None, "--run is '../x': it must be a plain name"),
     "beta": (["--beta2", "1"], None, "--beta2 is 1.0: it must be below 1"),
@@ -167,7 +167,7 @@ def test_out_of_memory_names_a_remedy(folder, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GPT, "forward", forward)
-    with pytest.raises(RunError, match="--batch-size 2 and --seq-len 16: take --batch-size 1"):
+    with pytest.raises(RunError, match="--batch-size 2 and --seq-len 16: use --batch-size 1"):
         train(tiny.config(folder))
 
 

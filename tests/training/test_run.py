@@ -73,7 +73,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_resumed(folder, capsys):
 def test_a_folder_with_other_files_is_refused(folder):
     (folder / "out" / "tiny").mkdir(parents=True)
     (folder / "out" / "tiny" / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="already holds other files"):
+    with pytest.raises(UserError, match="already holds other files: choose another name with --run NAME"):
         train(tiny.config(folder))
 
 

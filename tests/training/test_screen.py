@@ -59,7 +59,7 @@ def test_a_run_without_validation_split_says_so(tmp_path, capsys):
     c = tiny.config(tmp_path, steps=2, warmup=1)
     (tmp_path / "data" / "val.bin").unlink()
     assert train(c) == 0
-    assert "nothing is validated" in capsys.readouterr().out
+    assert "so there is no validation" in capsys.readouterr().out
 
 
 def test_tensorboard(tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_an_implausible_first_loss_is_reported(tmp_path):
     s = start_session(tiny.config(tmp_path, model=tiny.GPT2_WORDS))
     assert "warning" not in screen.header(s, "")
     s.first_loss = 14.0
-    assert "an untrained model should lose about 10.82, and this one loses 14.00" in screen.header(s, "")
+    assert "the loss of an untrained model should be about 10.82, and it is 14.00" in screen.header(s, "")
 
 
 def test_the_header_says_what_matters(tmp_path):

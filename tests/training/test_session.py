@@ -43,7 +43,7 @@ def test_a_run_begins_with_the_weights_that_are_named(trained, tmp_path, capsys)
     assert s.first_loss < 10  # ln 50257 = 10.82
     assert train(c) == 0
     shown = capsys.readouterr().out
-    assert f"weights     begun with {trained.folder}" in shown
+    assert f"weights     started from {trained.folder}" in shown
     assert "warning" not in shown
     assert json.loads((c.folder / "config.json").read_text())["config"]["init_from"] == str(trained.folder)
 

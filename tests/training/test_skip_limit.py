@@ -40,7 +40,7 @@ def test_a_gradient_that_is_not_finite(folder, capsys, monkeypatch, value):
     c = tiny.config(folder, **{**SHORT, "val_every": 0})
     spoil(monkeypatch, {2, 4}, value)
     train(replace(c, stop_at=5))
-    assert "step 2: left out, loss 5." in (said := capsys.readouterr().out)
+    assert "step 2: skipped, loss 5." in (said := capsys.readouterr().out)
     assert "(2 so far)" in said
     assert [row["skipped"] for row in rows(c)] == [0, 1, 1, 2, 2]
     assert [row["grad_norm"] is None for row in rows(c)] == [False, True, False, True, False]
