@@ -1,4 +1,4 @@
-"""How every program reads its command line and ends: frozen dataclass in, exit code out."""
+"""How every program reads its command line, into a frozen dataclass, and how it ends, with an exit code."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ Config = TypeVar("Config")
 
 
 def parse(kind: type[Config], argv: Sequence[str], program: str, default: Config | None = None) -> Config:
-    """The settings of `python -m gpt2fast.<program> argv`, an instance of the dataclass `kind`.
+    """Parse the flags `argv` of `python -m <program>` into an instance of the dataclass `kind`.
 
-    A field without a default is a positional argument, unless `default` gives all of them one.
+    A field without a default is a positional argument, unless `default` is given, which has a value for every field.
     """
-    import tyro  # here: using a program's functions from Python needs no command-line library
+    import tyro  # here, so that a program's functions can be used from Python without it
 
     prog = f"python -m {program}"
     if default is None:
@@ -23,9 +23,9 @@ def parse(kind: type[Config], argv: Sequence[str], program: str, default: Config
 
 
 def named_from():
-    """The annotation that calls a flag --from, which is a keyword in Python.
+    """Return the annotation that names a flag --from: `from` is a keyword in Python.
 
-    In a dataclass: `from_: "Annotated[Path | None, named_from()]" = None`.
+    Use in a dataclass: `from_: "Annotated[Path | None, named_from()]" = None`.
     """
     import tyro
 
@@ -33,12 +33,12 @@ def named_from():
 
 
 def arguments() -> list[str]:
-    """The command line. A -- before it keeps it from torchrun, which has options of the same names, such as --run."""
+    """Return the command line without its first --, which keeps torchrun from reading a flag such as --run."""
     return sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run `main(argv)` as a program: a UserError becomes one line on stderr and its exit code."""
+    """Run `main(argv)` as a program. A UserError becomes one line on stderr and its exit code."""
     try:
         code = main(arguments())
     except UserError as error:

@@ -1,6 +1,6 @@
-"""How good a model is: `python -m gpt2fast.evaluate out/nano --hellaswag`.
+"""Measure how good a model is: `python -m gpt2fast.evaluate out/nano --hellaswag`.
 
-The loss over a whole split (inference/loss.py), and HellaSwag (inference/hellaswag.py).
+It computes the loss over a whole split (inference/loss.py) and the accuracy on HellaSwag (inference/hellaswag.py).
 """
 
 import json
@@ -36,45 +36,47 @@ from gpt2fast.ops import Backend
 from gpt2fast.training import config
 from gpt2fast.weights.load import build_model, choose_ops, read_weights
 
-BATCH_TOKENS = {"cuda": 16384}  # logits of it take 5 GB where an op makes them all at once; elsewhere 4096
+BATCH_TOKENS = {"cuda": 16384}  # their logits take 5 GB if an op computes all at once; 4096 on other devices
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Validation loss and HellaSwag of a model."""
+    """Compute the validation loss of a model, and its accuracy on HellaSwag."""
 
     source: str
-    """A run's folder, for instance out/nano, or weights from elsewhere."""
+    """The model: a run folder such as out/nano (its newest checkpoint), a checkpoint, or weights from elsewhere."""
     data: str | None = None
-    """A folder of token shards; stdlib, the source of Python's standard library; or none. None: a run's own data."""
+    """Folder of token shards; stdlib, the source of Python's standard library; or none, for no loss.
+    None: the data of the run."""
     split: Literal["val", "train"] = "val"
-    """Which of its splits."""
+    """Split of the data."""
     hellaswag: bool = False
-    """Score HellaSwag's validation split; its file is downloaded to data/hellaswag where it is not there yet."""
+    """Score HellaSwag's validation split, whose file is downloaded to data/hellaswag if it is not there."""
     from_: "Annotated[Path | None, named_from()]" = None
-    """Score this copy of HellaSwag: hellaswag_val.jsonl, or llm.c's hellaswag_val.bin."""
+    """Score this copy of the HellaSwag authors' hellaswag_val.jsonl. None: the file of --hellaswag."""
     batch_size: int | None = None
-    """Sequences at a time. None: 16384 tokens on CUDA, else 4096."""
+    """Sequences to compute at once. None: 16384 tokens on CUDA, else 4096."""
     seq_len: int | None = None
-    """Tokens in a sequence. None: what the run was trained with, or the longest that the model reads."""
+    """Tokens in a sequence. None: that of the run's training, or the longest that the model reads."""
     max_batches: int | None = None
-    """Only the split's first batches."""
+    """Number of first batches of the split to use. None: all."""
     max_examples: int | None = None
-    """Only HellaSwag's first examples."""
+    """Number of first examples of HellaSwag to use. None: all."""
     backend: Backend = "auto"
-    """Implementation of the seven ops; auto: what the run was trained with, where this device has it; else torch."""
+    """Implementation of the seven ops. auto: that of the run's training where this device has it; else torch."""
     device: str = "auto"
-    """auto: CUDA, else MPS, else CPU."""
+    """Device to compute on: cpu, cuda, cuda:1, mps. auto: CUDA if there is one, else MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """As in training."""
+    """Compute in fp32, or by autocast in bf16 or fp16.
+    auto: bf16 where the device is fast at it; else fp16 on CUDA; else fp32."""
     out: Path | None = None
-    """Write the results as JSON to this file, which must not exist."""
+    """Write the results as JSON to this file, which must not exist. None: only print them."""
     tokenizer_file: Path | None = None
-    """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
+    """Path of GPT-2's vocab.bpe. None: found in a cache or an installed package, or downloaded."""
 
 
 def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
-    """The results, plain JSON, on every rank. UserError on what cannot work, found before anything is computed."""
+    """Return the results as plain JSON, on every rank. UserError, before any computation, if something cannot work."""
     start = time.perf_counter()
     check_at_least(c, batch_size=1, seq_len=1, max_batches=1, max_examples=1)
     if c.out:
@@ -84,7 +86,7 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
     wanted = c.data or (trained.data if trained else "none")
     scored = c.hellaswag or c.from_ is not None
     if wanted == "none" and not scored:
-        known = "" if trained else f", since {c.source} is not a run, which would have its own data"
+        known = "" if trained else f", since {c.source} is not a run with data of its own"
         raise UserError(f"nothing to evaluate{known}: name a folder of shards with --data, or add --hellaswag")
 
     device = pick_device(c.device, world)
@@ -125,7 +127,7 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
             result["trained_on"] = weights.state and weights.state["data_fingerprint"]
         if examples:
             found = hellaswag.score(model, examples, precision, tokens=B * T, progress=world.main, world=world)
-            assert found, "nobody gives up"
+            assert found, "only give_up makes it None"
             result["hellaswag"] = {"file": str(path), **asdict(found)}
     except torch.OutOfMemoryError:
         raise RunError(f"out of memory with --batch-size {B} and --seq-len {T}: lower --batch-size") from None
@@ -135,13 +137,14 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
 def evaluate_split(
     model: GPT, dataset: Dataset, c: EvaluateConfig, B: int, T: int, precision: Precision, world: World
 ) -> dict:
+    """Return the loss over a split, and what it was computed from."""
     shards = dataset.train if c.split == "train" else dataset.val
     if not shards:
-        raise UserError(f"{dataset.name} has no {c.split} split: prepare more text, or take --split train")
+        raise UserError(f"{dataset.name} has no {c.split} split: prepare more text, or use --split train")
     found = split_loss(model, shards, B, T, precision, max_batches=c.max_batches, progress=world.main, world=world)
-    assert found, "nobody gives up"
+    assert found, "only give_up makes it None"
     if not math.isfinite(found.loss):
-        raise RunError(f"the loss is {found.loss}: look at the weights and the data, or try --precision fp32")
+        raise RunError(f"the loss is {found.loss}: check the weights and the data, or try --precision fp32")
     counts = count_all(shards, model.config.vocab_size)
     return {
         "data": dataset.name,
@@ -158,7 +161,7 @@ def evaluate_split(
 
 
 def results_table(result: dict) -> str:
-    """What a person wants to read of the results."""
+    """Return the results as lines to print."""
     rows = {
         "model": f"{result['model']}: {result['parameters']:,} parameters",
         "device": f"{result['device']}, {result['precision']}",
@@ -180,7 +183,7 @@ def results_table(result: dict) -> str:
     rows["time"] = f"{result['seconds']:.1f} s"
     text = "\n".join(f"{name:<10}  {value}" for name, value in rows.items())
     if result.get("trained_on") not in (None, result.get("fingerprint")):
-        text += f"\nnote: the run was trained on other data, of fingerprint {result['trained_on']}"
+        text += f"\nnote: the run was trained on other data (fingerprint {result['trained_on']})"
     return text
 
 
@@ -197,11 +200,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def write_results(path: Path, result: dict) -> None:
+    """Write the results as JSON."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(result, indent=1))
     except OSError as error:
-        raise RunError(f"cannot write {path} ({error.strerror}): the results are those above") from None
+        raise RunError(
+            f"cannot write {path} ({error.strerror}): free some space, or copy the results printed above"
+        ) from None
 
 
 if __name__ == "__main__":

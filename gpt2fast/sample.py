@@ -1,4 +1,4 @@
-"""Text from a model: `python -m gpt2fast.sample out/nano --prompt "def"`, or with anybody's GPT-2 in place of a run."""
+"""Write text with a model: `python -m gpt2fast.sample out/nano --prompt "def"`; any GPT-2 may take the run's place."""
 
 import codecs
 import itertools
@@ -29,7 +29,7 @@ from gpt2fast.ops import Backend
 from gpt2fast.weights.load import build_model, choose_ops, read_weights
 
 SEPARATOR = re.compile(r"\n?<\|endoftext\|>\n?")
-BATCH = 8  # texts at once
+BATCH = 8  # texts that are written at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,58 +37,60 @@ class SampleConfig(Sampling):
     """Write text with a trained model."""
 
     source: str
-    """A run's folder, for instance out/nano, whose newest checkpoint is taken; or weights from elsewhere."""
+    """The model: a run folder such as out/nano (its newest checkpoint), a checkpoint, or weights from elsewhere."""
     prompt: str | None = None
-    """What the text begins with; the default is a new line."""
+    """Beginning of the text. None: a new line."""
     prompt_file: str | None = None
-    """A file with it, or - for what comes in; <|endoftext|> separates several prompts."""
+    """File of prompts, separated by <|endoftext|>; - reads standard input. None: the text of --prompt."""
     tokens: int = 200
-    """Tokens to write, at most."""
+    """Largest number of tokens to write."""
     samples: int = 1
     """Texts to write for each prompt."""
     greedy: bool = False
-    """Take the likeliest token each time, as with temperature 0."""
+    """Always take the likeliest token, as with --temperature 0."""
     seed: int = 1337
-    """Of the first text; the next ones count up."""
+    """Seed of the first text; each further text adds 1 to it."""
     stop: bool = True
-    """End a text with <|endoftext|>."""
+    """End a text before <|endoftext|>; --no-stop continues after it."""
     stream: bool = False
-    """Show each token when it is there, one text after the other."""
+    """Print each token as soon as it is written, one text after another."""
     batch_size: int | None = None
-    """Texts written at once: 8, and 1 with --stream. Changes the speed only, but for rounding."""
+    """Texts to write at once; another number may change them by rounding. None: 8, or 1 with --stream."""
     backend: Backend = "auto"
-    """auto: what the run was trained with, else torch."""
+    """Implementation of the seven ops. auto: that of the run's training where this device has it; else torch."""
     device: str = "auto"
-    """auto: CUDA, else MPS, else CPU."""
+    """Device to compute on: cpu, cuda, cuda:1, mps. auto: CUDA if there is one, else MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """As in training."""
+    """Compute in fp32, or by autocast in bf16 or fp16.
+    auto: bf16 where the device is fast at it; else fp16 on CUDA; else fp32."""
     tokenizer_file: Path | None = None
-    """GPT-2's vocab.bpe, where it can neither be found nor downloaded."""
+    """Path of GPT-2's vocab.bpe. None: found in a cache or an installed package, or downloaded."""
 
     def __post_init__(self):
         check_at_least(self, tokens=1, samples=1, temperature=0, top_k=0, seed=0, batch_size=1)
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p is {self.top_p}: it must be above 0 and at most 1, which is all tokens")
+            raise UserError(f"--top-p is {self.top_p}: it must be above 0 and at most 1, which takes all tokens")
         if self.prompt is not None and self.prompt_file is not None:
             raise UserError("--prompt and --prompt-file are both given: leave one out")
         if self.stream and self.batch_size not in (None, 1):
-            raise UserError(f"--stream shows one text at a time, and --batch-size is {self.batch_size}: leave one out")
+            raise UserError(f"--stream prints one text at a time, and --batch-size is {self.batch_size}: leave one out")
 
     @property
     def sampling(self) -> Sampling:
+        """Return how to choose a token, with temperature 0 for --greedy."""
         return Sampling(temperature=0 if self.greedy else self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 def read_prompts(options: SampleConfig) -> list[str]:
-    """At least one. Of a file: without the new lines around a separator, and without the last one."""
+    """Return the prompts, at least one. One new line before and after a separator, and at the end, is ignored."""
     if options.prompt_file is None:
         return ["\n" if options.prompt is None else options.prompt]
-    name = "what came in" if options.prompt_file == "-" else f"--prompt-file {options.prompt_file}"
+    name = "standard input" if options.prompt_file == "-" else f"--prompt-file {options.prompt_file}"
     try:
         data = sys.stdin.buffer.read() if options.prompt_file == "-" else Path(options.prompt_file).read_bytes()
         text = data.decode()
     except OSError as error:
-        raise UserError(f"{name} cannot be read ({error.strerror}): name a file of text") from None
+        raise UserError(f"{name} cannot be read ({error.strerror}): name a text file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 (byte {error.start}): convert it") from None
     prompts = [prompt for prompt in SEPARATOR.split(text.removesuffix("\n")) if prompt]
@@ -98,24 +100,24 @@ def read_prompts(options: SampleConfig) -> list[str]:
 
 
 def encode_prompts(encoding: tiktoken.Encoding, prompts: Sequence[str], model: GPT) -> list[list[int]]:
-    """UserError if they are no tokens of this model, or too many."""
+    """Return the tokens of each prompt. UserError if the model has another vocabulary, or a prompt is too long."""
     vocab_size, limit = model.config.vocab_size, model.config.block_size
     if vocab_size != VOCAB_SIZE:
         raise UserError(
             f"the model has a vocabulary of {vocab_size}, and GPT-2's tokenizer has {VOCAB_SIZE}: "
-            "another tokenizer made its tokens, with which this program cannot write"
+            "use a model that was trained with GPT-2's tokenizer"
         )
     rows = [encode(encoding, prompt) for prompt in prompts]
     for i, row in enumerate(rows, start=1):
         if len(row) > limit:
             raise UserError(
-                f"prompt {i} has {len(row)} tokens with <|endoftext|> before it, and the model sees {limit}: shorten it"
+                f"prompt {i} has {len(row)} tokens with <|endoftext|> before it, and the model reads {limit}: cut it"
             )
     return rows
 
 
 class TextStream:
-    """Bytes of tokens as text, as soon as they are whole characters."""
+    """Print tokens as text. A character of several tokens is printed when all its bytes are there."""
 
     def __init__(self, encoding: tiktoken.Encoding, out: TextIO):
         self._encoding, self._out = encoding, out
@@ -128,7 +130,10 @@ class TextStream:
 
 
 def timed_pieces(decoder: Decoder, seconds: dict[str, float], every: int) -> Iterator[Tensor]:
-    """What the decoder writes; `seconds` of the first token, with which the prompt is read, and of all others."""
+    """Yield what the decoder writes, up to `every` tokens of each row at a time.
+
+    Add the time of the first piece, which reads the prompt, to seconds["prefill"], and of the others to "decode".
+    """
     start = time.perf_counter()
     for i, piece in enumerate(decoder.stream(every)):
         now = time.perf_counter()
@@ -147,9 +152,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def write_texts(options: SampleConfig, world: World) -> None:
-    """Print the texts, of which each rank writes some batches."""
+    """Write and print the texts; each rank writes some of the batches."""
     if options.stream and world.size > 1:
-        raise UserError(f"--stream shows one text at a time, and {world.size} processes write: leave it out")
+        raise UserError(f"--stream prints one text at a time, and {world.size} processes write: leave it out")
     prompts = json.loads(world.broadcast(json.dumps(read_prompts(options) if world.main else None)))
     encoding = tokenizer.load(options.tokenizer_file)
     device = pick_device(options.device, world)
@@ -198,7 +203,7 @@ def write_texts(options: SampleConfig, world: World) -> None:
 
 
 def print_prompt(i: int, prompts: Sequence[str]) -> None:
-    """Text i, up to where the model goes on."""
+    """Print the number of text i and its prompt, which the model's text follows."""
     print(f"--- {i + 1}/{len(prompts)} ---\n{prompts[i]}", end="", flush=True)
 
 

@@ -1,7 +1,7 @@
 """Train GPT-2: `python -m gpt2fast.train [PRESET] [--flags]`.
 
-`train(config)` gets everything ready (session.py), takes the run's folder (run.py) and steps until it is done or
-interrupted. The loop never waits for the device: losses stay there until they are shown.
+`train(settings)` prepares everything (session.py), locks the run's folder (run.py), and takes steps until the run is
+complete or interrupted. The loop never waits for the device: losses stay there until they are shown (log.py).
 """
 
 import contextlib
@@ -38,9 +38,10 @@ from gpt2fast.weights import checkpoint
 
 @torch.no_grad()
 def validate(s: Session, interrupt: Interrupt) -> float | None:
-    """Mean loss over `val_batches` micro-batches of the validation split, or all of it; None when interrupted."""
+    """Return the mean loss of --val-batches micro-batches of the validation split, or of all of it; None if
+    interrupted."""
     val = s.inputs.val
-    assert val, "only asked for where there is a split"
+    assert val, "only called if there is a split"
     if not s.config.val_batches:
         found = split_loss(
             s.model, s.inputs.dataset.val, val.B, val.T, s.place.precision,
@@ -54,13 +55,13 @@ def validate(s: Session, interrupt: Interrupt) -> float | None:
         if interrupt.signal:
             break
         with autocast(s.place.device, s.place.precision):
-            losses.append(s.model(*next(batches)))  # not the compiled one: it would be compiled again
+            losses.append(s.model(*next(batches)))  # not the compiled model, which would be compiled again
     total, given_up = s.world.totals(sum(torch.stack(losses).tolist()), bool(interrupt.signal))
     return None if given_up else total / count
 
 
 def score_hellaswag(s: Session, interrupt: Interrupt) -> hellaswag.Score | None:
-    """HellaSwag's accuracies; None when interrupted."""
+    """Return HellaSwag's accuracies; None if interrupted."""
     tokens = s.config.batch_size * s.config.seq_len
     return hellaswag.score(
         s.model,
@@ -73,7 +74,7 @@ def score_hellaswag(s: Session, interrupt: Interrupt) -> hellaswag.Score | None:
 
 
 def sample_texts(s: Session) -> list[str]:
-    """Texts that depend on the weights and (seed, step) alone; each rank writes its share of them."""
+    """Return --samples texts, which depend only on weights, seed and step; each rank writes its share of them."""
     c = s.config
     with any_algorithm():
         texts = [
@@ -87,10 +88,13 @@ def sample_texts(s: Session) -> list[str]:
 
 
 def save_checkpoint(s: Session, log: Log) -> None:
-    """As long as steps are being left out, no older checkpoint goes: weights never saw a NaN, but from the newest ones
-    no batch could be computed, and if they are beyond that, what is good is older."""
+    """Save a checkpoint, and delete the oldest beyond --keep.
+
+    While steps are being skipped no checkpoint is deleted. A skipped step does not change the weights; but if the
+    newest weights are what makes the loss infinite, only an older checkpoint is good.
+    """
     state = {
-        "position": s.step * s.config.accumulation,  # of the loader: the next batch's number
+        "position": s.step * s.config.accumulation,  # the loader's: the number of the next batch
         "seconds": s.seconds,
         "scaler": s.take_step.scaler.state_dict(),
         "data_fingerprint": s.inputs.dataset.fingerprint,
@@ -102,17 +106,20 @@ def save_checkpoint(s: Session, log: Log) -> None:
 
 
 def draw_loss_curve(s: Session) -> None:
+    """Draw loss.png, on rank 0."""
     if not s.world.main:
         return
     folder = s.config.folder
     title = f"{folder.name} on {s.inputs.dataset.name}"
     plot.loss_curve(run.iter_metrics(folder / "metrics.jsonl"), folder / "loss.png", title, s.inputs.entropy)
-    gc.collect()  # a figure is a cycle of references around its pixels: 50 MB in 1000 steps of tests.long.soak
+    gc.collect()  # a figure is a reference cycle with its pixels: without this, 50 MB in 1000 steps of tests.long.soak
 
 
 def run_due_events(s: Session, log: Log, interrupt: Interrupt, done: Collection[str] = ()) -> None:
-    """Validation, sample and checkpoint, where they are due after step `s.step` and metrics.jsonl has them not: `done`
-    is what it has."""
+    """Validate, score HellaSwag, sample and save, whichever is due after this step and not yet in metrics.jsonl.
+
+    `done`: the names that metrics.jsonl has for this step.
+    """
     c = s.config
 
     def due(every: int) -> bool:
@@ -120,7 +127,7 @@ def run_due_events(s: Session, log: Log, interrupt: Interrupt, done: Collection[
 
     if not any(map(due, (c.val_every, c.hellaswag_every, c.sample_every, c.checkpoint_every))):
         return
-    log.flush()  # too many steps that were left out end the run here, before it is saved
+    log.flush()  # too many skipped steps end the run here, before it is saved
     if due(c.val_every) and "val_loss" not in done and s.inputs.val and (loss := validate(s, interrupt)) is not None:
         log.val_loss = loss
         log.metrics.write({"step": s.step, "val_loss": loss})
@@ -144,11 +151,11 @@ def run_due_events(s: Session, log: Log, interrupt: Interrupt, done: Collection[
 
 
 def train_loop(s: Session, log: Log, interrupt: Interrupt) -> None:
-    """Steps until the last, `stop_at` or a signal to any rank. Then there is a checkpoint of the last finished step."""
+    """Take steps until the last one, --stop-at, or a signal to any rank, and then save a checkpoint."""
     c = s.config
     batches = s.batches()
     end = min(c.steps, c.stop_at or c.steps)
-    if s.step:  # the signal that ended the run before this one also ended the events of its last step
+    if s.step:  # a signal that ended the run may have cut off what was due after its last step
         there = json.dumps([name for row in log.metrics.before if row["step"] == s.step for name in row])
         run_due_events(s, log, interrupt, json.loads(s.world.broadcast(there)))
     while s.step < end and not s.world.largest(interrupt.signal or 0):
@@ -165,7 +172,7 @@ def train_loop(s: Session, log: Log, interrupt: Interrupt) -> None:
 
 
 def write_record(s: Session) -> dict[str, list]:
-    """Write config.json, with one more entry in its list of resumes if this is one; what that one changed."""
+    """Write config.json; a resume adds an entry to its list of resumes. Return what the resume changed."""
     path = s.config.folder / "config.json"
     row: dict = {
         "config": config.to_dict(s.config),
@@ -178,9 +185,11 @@ def write_record(s: Session) -> dict[str, list]:
         old = json.loads(path.read_text())
         changed = changed_settings(row["config"], old["config"])
         was, now = old["resolved"]["ops"], row["resolved"]["ops"]
-        if s.config.backend == "auto" and was != now:  # on another device, say: the run goes on, not bit for bit
+        if (
+            s.config.backend == "auto" and was != now
+        ):  # on another device, for instance: the run continues with other bits
             changed["auto"] = [was, now]
-        if (ranks := old["resolved"]["ranks"]) != s.world.size:  # the same tokens, added up in another order
+        if (ranks := old["resolved"]["ranks"]) != s.world.size:  # the same tokens, summed in another order
             changed["processes"] = [ranks, s.world.size]
         row["resumes"] = [*old["resumes"], {"step": s.step, "date": row["machine"]["date"], "changed": changed}]
     write_atomic(path, json.dumps(row, indent=1))
@@ -188,15 +197,15 @@ def write_record(s: Session) -> dict[str, list]:
 
 
 def train(settings: TrainConfig, source: str = "settings as given", world: World = ALONE) -> int:
-    """Train. The exit code is 0, or 128 + the signal that ended it; UserError and RunError say what went wrong.
+    """Train. Return the exit code: 0, or 128 + the signal that ended the run. UserError and RunError if it fails.
 
-    Every rank of `world` calls it; rank 0 alone writes and prints.
+    Every rank of `world` must call it; only rank 0 writes and prints.
     """
     s = start_session(settings, world)
     c = s.config
     with locked(c.folder, "choose another name with --run NAME") if world.main else contextlib.nullcontext():
         if not c.resume and world.main:
-            run.check_unused(c.folder)  # start_session did, but only now can nobody else write here
+            run.check_unused(c.folder)  # start_session did too, but only the lock keeps others from writing here
         print(header(s, source), flush=True)
         try:
             if world.main:
@@ -218,7 +227,7 @@ def train(settings: TrainConfig, source: str = "settings as given", world: World
         except OSError as error:
             where = error.filename or c.folder
             saved = checkpoint.list_checkpoints(s.checkpoints)
-            then = "continue with --resume" if saved else f"delete {c.folder}, where no checkpoint is, and begin again"
+            then = "continue with --resume" if saved else f"delete {c.folder}, which has no checkpoint, and start again"
             raise RunError(f"cannot write {where} ({error.strerror}): free some space, then {then}") from None
     print(summary(s, log.loss, log.val_loss, log.speed))
     number = world.largest(interrupt.signal or 0)
@@ -226,7 +235,7 @@ def train(settings: TrainConfig, source: str = "settings as given", world: World
 
 
 def read_settings(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig, str]:
-    """The command line -> settings, and a word on where they come from. With --resume, from the run itself."""
+    """Read the settings from the command line, and with --resume from the run. Return them, and where they are from."""
     named = bool(argv) and not argv[0].startswith("-")
     preset, flags = (argv[0], argv[1:]) if named else (default_preset, argv)
     if preset not in PRESETS:
@@ -237,7 +246,7 @@ def read_settings(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig
         stored, _ = read_record(c.folder)
         if named and stored.model != c.model:
             raise UserError(
-                f"run {c.folder} is no {preset}: leave the preset out, and it goes on with its own settings"
+                f"run {c.folder} is not a {preset}: leave the preset out to continue with the run's own settings"
             )
         default = replace(stored, resume=True, stop_at=None, out=c.out, run=c.run)
         c = command.parse(TrainConfig, flags, "gpt2fast.train [PRESET]", default)

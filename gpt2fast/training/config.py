@@ -1,7 +1,7 @@
 """Every setting of a training run, declared once; the presets; the checks that need only the settings.
 
-`tyro` makes the command line from the dataclasses, and --help from their docstrings. Their `asdict` is stored in
-config.json, checkpoints and results.
+`tyro` makes the command line from the dataclasses, and --help from their docstrings, in which it keeps the line breaks:
+so a line ends with a sentence. Their `asdict` is stored in config.json, checkpoints and results.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -22,13 +22,12 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
     """Shape of the model."""
     backend: Backend = "torch"
-    """Implementation of the seven ops: torch (plain PyTorch), triton (the kernels of this project), or auto (of each op
-    the fastest on this device)."""
+    """Implementation of the seven ops: PyTorch, this project's Triton kernels, or of each op the fastest (auto)."""
     ops: OpsConfig = field(default_factory=OpsConfig)
-    """Implementation of single ops, which overrides --backend."""
+    """Implementation of single ops, which overrides --backend. None: as --backend says."""
     init_from: str | None = None
-    """Weights to start from, for fine-tuning: a run folder, a name on Hugging Face's hub (gpt2), a Hugging Face folder,
-    llm.c's .bin, nanoGPT's ckpt.pt or OpenAI's checkpoint. None: random weights from --seed."""
+    """Weights to start from, for fine-tuning. None: random weights from --seed.
+    Formats: a run folder, a name on the hub (gpt2), a Hugging Face folder, llm.c's .bin, nanoGPT's ckpt.pt, OpenAI."""
 
     data: str = stdlib.NAME
     """Folder of token shards, or stdlib: the source code of Python's standard library."""
@@ -60,37 +59,36 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Clip the gradient norm to this; 0 turns clipping off."""
     optimizer: Literal["auto", "torch", "triton"] = "auto"
-    """Implementation of AdamW: torch (PyTorch's, fused) or triton (a kernel of this project, which also rounds the
-    weights for the next step). auto: triton on CUDA if Triton computes an op or with --cuda-graph, but not with fp16;
-    else torch."""
+    """Implementation of AdamW: PyTorch's fused one, or Triton's, which also rounds the weights for the next step.
+    auto: triton on CUDA if Triton computes an op or with --cuda-graph, but not with fp16; else torch."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the sampled texts."""
 
     device: str = "auto"
     """Device to compute on: cpu, cuda, cuda:1, mps. auto: CUDA if there is one, else MPS, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Compute in fp32, or by autocast in bf16 or fp16 (with loss scaling). auto: bf16 where the device is fast at it;
-    else fp16 on CUDA; else fp32."""
+    """Compute in fp32, or by autocast in bf16 or fp16 (with loss scaling).
+    auto: bf16 where the device is fast at it; else fp16 on CUDA; else fp32."""
     tf32: bool = True
     """Allow TF32 in fp32 matmuls on CUDA."""
     residual: Literal["auto", "fp32", "low"] = "auto"
-    """Dtype of the residual stream: fp32, or that of autocast (low). auto: low with bf16 on CUDA, else fp32; fp16 might
-    overflow."""
+    """Dtype of the residual stream: fp32, or that of autocast (low).
+    auto: low with bf16 on CUDA, else fp32; fp16 might overflow."""
     zero: bool = False
-    """ZeRO-1: divide the optimizer state, 8 bytes a weight, among the processes. The results are the same bits with
-    --optimizer torch; triton sums the gradient norm in another order."""
+    """ZeRO-1: divide the optimizer state, 8 bytes a weight, among the processes.
+    The results are the same bits with --optimizer torch; triton sums the gradient norm in another order."""
     recompute: bool = False
-    """Activation checkpointing: keep 6 instead of about 40 bytes of a block per token and channel, and run the block
-    again in backward, which is a third more work."""
+    """Activation checkpointing: keep 6 instead of about 40 bytes of a block per token and channel.
+    The block runs again in backward, which is a third more work."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile. auto: on CUDA, and on a CPU with a C++ compiler if the run takes more than
-    about five minutes."""
+    """Compile the model with torch.compile.
+    auto: on CUDA, and on a CPU with a C++ compiler if the run takes more than about five minutes."""
     deterministic: bool = False
-    """Get the same bits from every run with the same settings, device and versions, and on a CPU the same number of
-    threads. Costs some speed on CUDA, where sampled texts may still differ; refused where it cannot be guaranteed."""
+    """Get the same bits from every run with the same settings, device, versions and, on a CPU, number of threads.
+    Costs some speed on CUDA, where sampled texts may still differ. Refused where it cannot be guaranteed."""
     cuda_graph: bool = False
-    """Record the step as CUDA graphs and replay them: faster if a step is so small that launching its kernels takes
-    most of the time."""
+    """Record the step as CUDA graphs and replay them.
+    Faster if a step is so small that launching its kernels takes most of the time."""
 
     out: Path = Path("out")
     """Folder of all runs."""
@@ -99,11 +97,11 @@ class TrainConfig:
     resume: bool = False
     """Continue the run from its newest checkpoint, with its own settings except those given as flags."""
     stop_at: int | None = None
-    """Stop after this step with a checkpoint, as Ctrl-C does; the learning-rate schedule still ends at --steps. None:
-    stop at --steps."""
+    """Stop after this step with a checkpoint, as Ctrl-C does. None: stop at --steps.
+    The learning-rate schedule ends at --steps in any case."""
     log_every: int | None = None
-    """Steps between reads of the loss from the device. None: once a second on CUDA, where the host waits for it; else
-    every step."""
+    """Steps between reads of the loss from the device.
+    None: once a second on CUDA, where the host waits for it; else every step."""
     val_every: int = 250
     """Steps between validations; 0: never."""
     val_batches: int = 20

@@ -87,7 +87,7 @@ def test_one_prompt_is_there_without_a_file():
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (None, r"--prompt-file .*p.txt cannot be read \(No such file or directory\): name a file of text"),
+        (None, r"--prompt-file .*p.txt cannot be read \(No such file or directory\): name a text file"),
         (b"", r"--prompt-file .*p.txt holds no text: write a prompt into it, or use --prompt"),
         (b"<|endoftext|>\n", "holds no text"),
         (b"abc\xff", r"is not UTF-8 \(byte 3\): convert it"),
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_prompt(data, error, tmp_path):
 
 def test_a_prompt_must_fit_into_the_window(model):
     assert sample.encode_prompts(ENCODING, ["a" + " a" * 14], model) == [[tokenizer.EOT, 64, *[257] * 14]]
-    with pytest.raises(UserError, match=r"prompt 2 has 17 tokens with <.endoftext.> before it, and the model sees 16"):
+    with pytest.raises(UserError, match=r"prompt 2 has 17 tokens with <.endoftext.> before it, and the model reads 16"):
         sample.encode_prompts(ENCODING, ["a", "a" + " a" * 15], model)
 
 
@@ -184,7 +184,7 @@ def test_command_line(tmp_path, run_module):
         (["--top-p", "0"], "--top-p is 0.0: it must be above 0 and at most 1"),
         (["--top-p", "1.5"], "--top-p is 1.5: it must be above 0 and at most 1"),
         (["--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
-        (["--stream", "--batch-size", "2"], "--stream shows one text at a time, and --batch-size is 2: leave one out"),
+        (["--stream", "--batch-size", "2"], "--stream prints one text at a time, and --batch-size is 2: leave one out"),
         (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file are both given: leave one out"),
         (["--prompt-file", "b"], r"--prompt-file b cannot be read"),
         (["--tokenizer-file", "b"], r"tokenizer file b cannot be read"),

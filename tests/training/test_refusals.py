@@ -101,7 +101,7 @@ def test_resuming_as_another_run_is_refused(folder, capsys, flags, message):
     program.main([*tiny.FLAGS, "--stop-at", "3"])
     with pytest.raises(UserError, match=message):
         program.main(["--resume", "--run", "tiny", *flags])
-    with pytest.raises(UserError, match="is no gpt2"):
+    with pytest.raises(UserError, match="is not a gpt2"):
         program.main(["gpt2", "--resume", "--run", "tiny"])
 
 
