@@ -30,7 +30,7 @@ from gpt2fast import measure as judge
 from gpt2fast import reference
 from gpt2fast.command import run_main
 from gpt2fast.errors import UserError, check_at_least
-from gpt2fast.errors import describe as describe_error
+from gpt2fast.errors import describe_error as describe_error
 from gpt2fast.machine import versions
 from gpt2fast.machine.device import device_name, pick_device
 from gpt2fast.model import EPS, SIZES

@@ -26,7 +26,7 @@ from benchmarks.settings import Kernel, PerProcessor, cases, ready, tunables
 from gpt2fast import measure
 from gpt2fast.command import run_main
 from gpt2fast.errors import UserError, check_at_least
-from gpt2fast.errors import describe as describe_error
+from gpt2fast.errors import describe_error as describe_error
 from gpt2fast.machine import versions
 from gpt2fast.machine.device import device_name
 

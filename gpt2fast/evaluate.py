@@ -98,7 +98,7 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
             hellaswag.fetch()
         world.barrier()
         path = c.from_ or hellaswag.fetch()
-        examples = hellaswag.read(path, c.tokenizer_file)[: c.max_examples]
+        examples = hellaswag.read_examples(path, c.tokenizer_file)[: c.max_examples]
     model = build_model(weights, chosen, device)
     if examples:
         hellaswag.fit(examples, model.config)

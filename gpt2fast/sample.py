@@ -20,7 +20,7 @@ from gpt2fast.command import parse, run_main
 from gpt2fast.data import tokenizer
 from gpt2fast.errors import UserError, check_at_least
 from gpt2fast.inference.decode import EVERY, Decoder, Sampling
-from gpt2fast.inference.text import encode, until_end
+from gpt2fast.inference.text import encode_prompt, until_end
 from gpt2fast.machine.device import keep_freed_memory, pick_device, pick_precision, use_allowed_cores
 from gpt2fast.machine.joined import joined, one_complains
 from gpt2fast.machine.world import World
@@ -107,7 +107,7 @@ def encode_prompts(encoding: tiktoken.Encoding, prompts: Sequence[str], model: G
             f"the model has a vocabulary of {vocab_size}, and GPT-2's tokenizer has {VOCAB_SIZE}: "
             "use a model that was trained with GPT-2's tokenizer"
         )
-    rows = [encode(encoding, prompt) for prompt in prompts]
+    rows = [encode_prompt(encoding, prompt) for prompt in prompts]
     for i, row in enumerate(rows, start=1):
         if len(row) > limit:
             raise UserError(

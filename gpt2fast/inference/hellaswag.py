@@ -77,7 +77,7 @@ def fetch(path: Path = CACHED) -> Path:
     return path
 
 
-def read(path: Path, vocab_file: Path | None = None) -> list[Example]:
+def read_examples(path: Path, vocab_file: Path | None = None) -> list[Example]:
     """Read the examples of a hellaswag_val.jsonl. UserError, which names the line, if it is damaged."""
     if path.suffix == ".bin":
         raise UserError(f"{path} is not JSON lines (llm.c's .bin is not read): name the authors' {CACHED.name}")

@@ -27,13 +27,13 @@ def sample_text(
     """
     encoding = tokenizer.load(vocab_file)
     tokens = generate(
-        model, [encode(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT,
+        model, [encode_prompt(encoding, prompt)], n, sampling, seed=seed, precision=precision, stop=tokenizer.EOT,
         record=False,
     )  # fmt: skip
     return prompt + encoding.decode(until_end(tokens[0].tolist()))
 
 
-def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
     """Return <|endoftext|> and the tokens of `prompt`."""
     return [tokenizer.EOT, *encoding.encode_ordinary(prompt)]
 

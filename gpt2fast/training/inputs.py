@@ -43,7 +43,7 @@ def read_inputs(c: Resolved, world: World = ALONE) -> Inputs:
     if c.sample_every:
         tokenizer.load(c.tokenizer_file)
     weights = initial_weights(c)
-    examples = hellaswag.read(c.hellaswag, c.tokenizer_file) if c.hellaswag and c.hellaswag_every else []
+    examples = hellaswag.read_examples(c.hellaswag, c.tokenizer_file) if c.hellaswag and c.hellaswag_every else []
     if examples:
         hellaswag.fit(examples, c.model)
     dataset = open_data(c.data, c.model.vocab_size, c.tokenizer_file)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
         ({"a.pt": "/dev/zero"}, lambda folder: containers.read_pickle(folder / "a.pt")),
         ({"a.index": "fifo"}, lambda folder: openai.read_tensorflow(folder / "a.index")),
         ({"manifest.json": "fifo"}, checkpoint.read_state),
-        ({"rows.jsonl": "/dev/zero"}, lambda folder: hellaswag.read(folder / "rows.jsonl")),
+        ({"rows.jsonl": "/dev/zero"}, lambda folder: hellaswag.read_examples(folder / "rows.jsonl")),
     ],
 )
 def test_pipes_and_devices_are_refused(tmp_path, files, read):

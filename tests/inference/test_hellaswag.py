@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    return hellaswag.read(write_jsonl(tmp_path_factory.mktemp("hellaswag") / "val.jsonl"))
+    return hellaswag.read_examples(write_jsonl(tmp_path_factory.mktemp("hellaswag") / "val.jsonl"))
 
 
 def one_by_one(logits_of, rows=ROWS) -> tuple[torch.Tensor, float, float]:
@@ -168,21 +168,21 @@ def test_damaged_lines_are_refused_with_their_number(tmp_path, line, message):
     broken = json.dumps(ROWS[0] | line).encode() if isinstance(line, dict) else line.encode("latin-1")
     path.write_bytes(path.read_bytes() + b"\n" + broken + b"\n")
     with pytest.raises(UserError, match=f"val.jsonl, line 8.*{message}"):
-        hellaswag.read(path)
+        hellaswag.read_examples(path)
 
 
 def test_llmcs_binary_file_is_refused(tmp_path):
     (tmp_path / "hellaswag_val.bin").write_bytes((20240522).to_bytes(4, "little") + bytes(1020))
     with pytest.raises(UserError, match=r"_val.bin is not JSON lines .*: name the authors' hellaswag_val.jsonl$"):
-        hellaswag.read(tmp_path / "hellaswag_val.bin")
+        hellaswag.read_examples(tmp_path / "hellaswag_val.bin")
 
 
 def test_empty_and_missing_files_are_refused(tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(UserError, match="holds no example"):
-        hellaswag.read(tmp_path / "empty")
+        hellaswag.read_examples(tmp_path / "empty")
     with pytest.raises(UserError, match="cannot be read"):
-        hellaswag.read(tmp_path / "missing")
+        hellaswag.read_examples(tmp_path / "missing")
 
 
 def test_download(tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ TARGETS = {
     "openai npz": Target(openai("model.npz"), read_weights("model.npz")),
     "checkpoint": Target(our_checkpoint, read_checkpoint, mend_manifest),
     "config.json": Target(run_record, read_a_record),
-    "HellaSwag": Target(hellaswag_rows, lambda folder: hellaswag.read(folder / "rows.jsonl")),
+    "HellaSwag": Target(hellaswag_rows, lambda folder: hellaswag.read_examples(folder / "rows.jsonl")),
     "text": Target(text_files, read_text),
     "jsonl": Target(jsonl_files, read_text),
     "half prepared": Target(half_prepared, resume_preparing, writes=True),

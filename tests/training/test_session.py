@@ -67,7 +67,7 @@ def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
     rows = [row for row in metrics(c) if "hellaswag" in row]
     assert [row["step"] for row in rows] == [10, 20]
     model = load.load_model(c.folder, torch.device("cpu"))
-    found = hellaswag.score(model, hellaswag.read(path), "fp32")
+    found = hellaswag.score(model, hellaswag.read_examples(path), "fp32")
     assert found.examples == len(ROWS)
     assert (rows[-1]["hellaswag"], rows[-1]["hellaswag_acc"]) == (found.acc_norm, found.acc)
     assert f"step 20: HellaSwag acc_norm {found.acc_norm:.4f}, acc {found.acc:.4f}" in capsys.readouterr().out
