@@ -29,7 +29,9 @@ def parse(kind: type[Config], argv: Sequence[str], program: str) -> Config:
 
 def parse_plainly(kind: type[Config], argv: Sequence[str], program: str) -> Config:
     """The same without tyro."""
-    p = argparse.ArgumentParser(prog=f"python -m {program}", description=kind.__doc__)
+    p = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=kind.__doc__, epilog="pip install tyro: then this describes each flag."
+    )
     hints = get_type_hints(kind)
     for field in fields(kind):  # type: ignore[arg-type]  # mypy knows no bound for "a dataclass"
         options = _options(hints[field.name])

@@ -162,7 +162,7 @@ def run_apart(
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    """Kill it also after a normal end: a compiler's workers may have outlived their parent."""
+    """Kill the group, after a normal end too: a compiler's workers may have outlived their parent."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

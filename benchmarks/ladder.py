@@ -88,7 +88,7 @@ class Job:
 
 
 def turn(lock: str | None) -> contextlib.AbstractContextManager:
-    """Exclude other processes from their turns. The lock ends with its process, however that ends."""
+    """Return a lock that one process holds at a time. It is released when its process ends, however it ends."""
     return FileLock(lock) if lock else contextlib.nullcontext()
 
 

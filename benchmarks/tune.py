@@ -57,7 +57,7 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a process that compiles gets: kernels and their settings, and the file for its rows."""
+    """What a process that compiles gets: kernels with their settings, and the file for its rows."""
 
     wanted: tuple[tuple[str, str], ...]
     out: Path

@@ -79,7 +79,7 @@ def test_what_makes_no_sense_here_is_a_row_that_says_why(name, why, monkeypatch)
 
 
 def test_rungs_that_compile_together_are_timed_one_by_one(tmp_path):
-    """The lock: whoever has it is alone, and it is free again when it is left."""
+    """The lock has one holder at a time, and is free again afterwards."""
     inside, most = [], []
 
     def take(i):

@@ -1,4 +1,4 @@
-"""Launch settings to try: each names something of launch.py, and only that is replaced."""
+"""Launch settings to try: each names something in launch.py, and only that is replaced."""
 
 import pytest
 import torch

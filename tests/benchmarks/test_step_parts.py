@@ -23,7 +23,7 @@ def test_recomputing_costs_a_forward_pass_of_the_blocks():
         assert again[name].our_flops == pytest.approx(plain[name].our_flops * 4 / 3)
     assert again["attention forward"].our_flops == 2 * plain["attention forward"].our_flops
     assert again["head"] == plain["head"]
-    assert [part.flops for part in again.values()] == [part.flops for part in plain.values()]  # ideally nothing is
+    assert [part.flops for part in again.values()] == [part.flops for part in plain.values()]  # ideal
 
 
 def test_no_part_of_ours_multiplies_less_than_an_ideal_step():
