@@ -185,9 +185,7 @@ def write_record(s: Session) -> dict[str, list]:
         old = json.loads(path.read_text())
         changed = changed_settings(row["config"], old["config"])
         was, now = old["resolved"]["ops"], row["resolved"]["ops"]
-        if (
-            s.config.backend == "auto" and was != now
-        ):  # on another device, for instance: the run continues with other bits
+        if s.config.backend == "auto" and was != now:  # on another device, say: the run continues with other bits
             changed["auto"] = [was, now]
         if (ranks := old["resolved"]["ranks"]) != s.world.size:  # the same tokens, summed in another order
             changed["processes"] = [ranks, s.world.size]

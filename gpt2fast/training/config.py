@@ -27,7 +27,7 @@ class TrainConfig:
     """Implementation of single ops, which overrides --backend. None: as --backend says."""
     init_from: str | None = None
     """Weights to start from, for fine-tuning. None: random weights from --seed.
-    Formats: a run folder, a name on the hub (gpt2), a Hugging Face folder, llm.c's .bin, nanoGPT's ckpt.pt, OpenAI."""
+    Formats: a run, a name on the hub (gpt2), a Hugging Face folder, llm.c's .bin, nanoGPT's ckpt.pt, OpenAI's files."""
 
     data: str = stdlib.NAME
     """Folder of token shards, or stdlib: the source code of Python's standard library."""

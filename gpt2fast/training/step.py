@@ -34,7 +34,7 @@ def compile_model(model: GPT, device: torch.device, mode: str | None = None) -> 
     passes over memory cost more there.
     """
     if device.type != "cpu":
-        return torch.compile(model, dynamic=False, mode=mode)  # type: ignore[return-value]  # a module, for a module
+        return torch.compile(model, dynamic=False, mode=mode)  # type: ignore[return-value]  # a module gives a module
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     blocks = [torch.compile(block, dynamic=False, mode=mode) for block in model.h]

@@ -1,4 +1,4 @@
-"""A finished run for the tests that look into one."""
+"""A finished run, and its weights, for the tests that read one."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from tests.tools import tiny
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> TrainConfig:
-    """Its settings."""
+    """Return the settings of a finished run."""
     c = tiny.config(tmp_path_factory.mktemp("finished"), model=tiny.GPT2_WORDS)
     train(c)
     return c

@@ -1,4 +1,4 @@
-"""A flag whose name Python keeps for itself."""
+"""The flag --from, whose name is a keyword in Python."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,6 @@ class Config:
     from_: Annotated[Path | None, named_from()] = None
 
 
-def test_it_is_called_by_its_name():
+def test_the_flag_is_named_from():
     assert tyro.cli(Config, args=["--from", "a.txt"]).from_ == Path("a.txt")
     assert tyro.cli(Config, args=[]).from_ is None

@@ -1,4 +1,4 @@
-"""An error is one line and an exit code."""
+"""An error is shown as one line, and gives the exit code."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_an_error_is_one_line_and_exit_code_2(folder, run_module):
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("a\n b"), 2), (RunError("a\n b"), 1)], ids=["user", "run"])
-def test_exit_codes(capsys, error, code):
+def test_the_exit_code_is_that_of_the_error(capsys, error, code):
     def fail(argv):
         raise error
 

@@ -1,4 +1,4 @@
-"""Loss over a whole split is the exact mean over its tokens; what the command reports, and what it refuses."""
+"""The results of evaluate, its command line, and what it refuses."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from tests.tools.hellaswag import write_jsonl
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The settings of a finished run."""
+    """Return the settings of a finished run."""
     folder = tmp_path_factory.mktemp("evaluate")
     c = tiny.config(folder, steps=3, warmup=1, model=tiny.GPT2_WORDS)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ def test_a_run_is_evaluated_on_its_own_data(run):
     assert (train_split["tokens"], train_split["whole_split"]) == (2 * 3 * 16, False)
 
 
-def test_other_data_is_noted(run, tmp_path):
+def test_a_note_says_that_the_run_was_trained_on_other_data(run, tmp_path):
     result = evaluate.evaluate(settings(run, data=str(tiny.write_data(tmp_path / "other", seed=1))))
     assert "trained on other data" in evaluate.results_table(result)
     assert "trained on other data" not in evaluate.results_table(evaluate.evaluate(settings(run)))
@@ -96,27 +96,27 @@ def test_command_line(run, tmp_path, run_module):
         ({"backend": "triton", "precision": "bf16"}, "interpreter|needs a CUDA GPU|n_embd|heads"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(run, changes, message):
+def test_a_model_that_cannot_be_evaluated_is_refused(run, changes, message):
     with pytest.raises(UserError, match=message):
         evaluate.evaluate(settings(run, **{"data": str(run.folder.parents[1] / "data")} | changes))
 
 
-def test_no_validation_split(run, tmp_path):
+def test_a_missing_split_is_refused(run, tmp_path):
     tiny.write_data(tmp_path / "data")
     (tmp_path / "data" / "val.bin").unlink()
     with pytest.raises(UserError, match="has no val split"):
         evaluate.evaluate(settings(run, data=str(tmp_path / "data")))
 
 
-def test_where_results_cannot_be_written(run, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_first(run, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a folder to write to"):
         evaluate.evaluate(settings(run, out=tmp_path / "file" / "result.json"))
     atomic.check_new(tmp_path / "a" / "b.json")
-    assert not (tmp_path / "a").exists()  # nothing is written until there is something to write
+    assert not (tmp_path / "a").exists()  # no folder is made before there are results
 
 
-def test_a_loss_that_is_not_finite_is_no_result(run, monkeypatch):
+def test_a_loss_that_is_not_finite_is_an_error(run, monkeypatch):
     monkeypatch.setattr(evaluate, "split_loss", lambda *_, **__: replace(found, loss=math.nan))
     found = loss.SplitLoss(1.0, 1, True)
     with pytest.raises(RunError, match="the loss is nan"):

@@ -1,4 +1,4 @@
-"""Text out of a model: prompts, the end, the stream, the command line, what is refused."""
+"""Text of a model: prompts, the end of a text, streaming, the command line, and what is refused."""
 
 import io
 import re
@@ -25,13 +25,13 @@ COMMAND = "needs tyro for the command line"
 def model() -> GPT:
     model = GPT(tiny.GPT2_WORDS, build(OpsConfig()))
     with torch.no_grad():
-        model.wte.weight.mul_(20)  # an untrained model is so unsure that every seed gives another text anyway
+        model.wte.weight.mul_(20)  # an untrained model is so uncertain that every seed gives another text
     return model
 
 
 @pytest.fixture
 def written(monkeypatch):
-    """Plants what the model writes: for each text the tokens, padded behind <|endoftext|>."""
+    """Return a function that sets what the model writes: the tokens of each text, padded with <|endoftext|>."""
 
     def plant(*texts: list[int]) -> None:
         width = max(map(len, texts))
@@ -54,7 +54,7 @@ def written(monkeypatch):
 
 
 def run(capsys, *arguments) -> tuple[str, str]:
-    """stdout and stderr of the command."""
+    """Run the command. Return stdout and stderr."""
     pytest.importorskip("tyro", reason=COMMAND)
     sample.main(["a-run", "--device", "cpu", *map(str, arguments)])
     return capsys.readouterr()
@@ -72,14 +72,14 @@ def run(capsys, *arguments) -> tuple[str, str]:
         ("---\nöne", ["---\nöne"]),
     ],
 )
-def test_a_file_of_prompts(text, prompts, tmp_path, monkeypatch):
+def test_a_file_or_standard_input_gives_prompts(text, prompts, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text(text, encoding="utf-8")
     assert sample.read_prompts(SampleConfig(source="", prompt_file=str(tmp_path / "p.txt"))) == prompts
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert sample.read_prompts(SampleConfig(source="", prompt_file="-")) == prompts
 
 
-def test_one_prompt_is_there_without_a_file():
+def test_without_a_file_there_is_one_prompt():
     assert sample.read_prompts(SampleConfig(source="")) == ["\n"]
     assert sample.read_prompts(SampleConfig(source="", prompt="")) == [""]
 
@@ -93,7 +93,7 @@ def test_one_prompt_is_there_without_a_file():
         (b"abc\xff", r"is not UTF-8 \(byte 3\): convert it"),
     ],
 )
-def test_a_file_that_is_no_prompt(data, error, tmp_path):
+def test_a_file_without_a_prompt_is_refused(data, error, tmp_path):
     if data is not None:
         (tmp_path / "p.txt").write_bytes(data)
     with pytest.raises(UserError, match=error):
@@ -113,7 +113,7 @@ def test_the_vocabulary_must_be_gpt2s():
 
 
 # the command
-def test_texts_are_shown_with_their_prompts_and_end_before_the_end(written, capsys):
+def test_texts_are_printed_after_their_prompts_and_end_before_endoftext(written, capsys):
     written([11, 12], [13, tokenizer.EOT, 14], [15])
     out, err = run(capsys, "--prompt", "Hello", "--samples", "3", "--batch-size", "2")
     a, b, c = ENCODING.decode([11, 12]), ENCODING.decode([13]), ENCODING.decode([15])
@@ -126,22 +126,22 @@ def test_texts_are_shown_with_their_prompts_and_end_before_the_end(written, caps
     assert not err
 
 
-def test_each_prompt_gets_its_samples_and_each_text_its_seed(written, capsys, tmp_path):
+def test_each_prompt_has_its_samples_and_each_text_its_seed(written, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("one<|endoftext|>two")
     written([0], [1], [2], [3])
     out, _ = run(capsys, "--prompt-file", tmp_path / "p.txt", "--samples", "2", "--tokens", "1", "--batch-size", "3")
     assert [line for line in out.splitlines()[1:-1] if "---" not in line] == ["one!", 'one"', "two#", "two$"]
 
 
-def test_the_end_may_be_written(written, capsys):
+def test_no_stop_continues_after_endoftext(written, capsys):
     written([13, tokenizer.EOT, 14])
     out, _ = run(capsys, "--prompt", "Hello", "--no-stop")
     assert f"\nHello{ENCODING.decode([13, tokenizer.EOT, 14])}\n" in out
     assert "<|endoftext|>" in out
 
 
-def test_a_stream_is_the_text_in_pieces(written, capsys, monkeypatch):
-    """A character of several tokens comes when it is whole; broken ones are shown as everywhere."""
+def test_stream_prints_the_same_text_in_pieces(written, capsys, monkeypatch):
+    """A character of several tokens is printed when it is complete, and a broken one as without --stream."""
     tokens = ENCODING.encode_ordinary("naïve 🧭 日本 end")
     broken = next(tokens[:i] for i in range(len(tokens)) if "\ufffd" in ENCODING.decode(tokens[:i]))
     written([*tokens, tokenizer.EOT], broken)
@@ -191,14 +191,14 @@ def test_command_line(tmp_path, run_module):
     ],
     ids=" ".join,
 )
-def test_what_cannot_be_meant_is_refused(flags, error, tmp_path, monkeypatch):
+def test_bad_flags_are_refused(flags, error, tmp_path, monkeypatch):
     pytest.importorskip("tyro", reason=COMMAND)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=error):
         sample.main([str(tmp_path), *flags])
 
 
-def test_a_source_that_is_none_is_refused(tmp_path):
+def test_a_missing_source_is_refused(tmp_path):
     pytest.importorskip("tyro", reason=COMMAND)
     with pytest.raises(UserError):
         sample.main([str(tmp_path / "nothing")])

@@ -1,4 +1,4 @@
-"""Training: it learns, it accumulates, and it continues bit for bit."""
+"""Training: it learns, writes its files, and resumes with the same bits."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tests.tools import tiny
 from tests.tools.runs import assert_same_run, metrics
 
 
-def test_learns_more_than_token_frequencies(tmp_path, capsys):
+def test_a_run_learns_more_than_token_frequencies(tmp_path, capsys):
     c = tiny.config(tmp_path, steps=150, model=replace(tiny.MODEL, n_embd=32), lr=3e-2, val_every=50)
     assert train(c) == 0
     rows = metrics(c)
@@ -25,7 +25,7 @@ def test_learns_more_than_token_frequencies(tmp_path, capsys):
     assert rows[-1]["val_loss"] < entropy
 
 
-def test_leaves_what_it_promises(tmp_path, capsys, picture):
+def test_a_run_writes_its_files(tmp_path, capsys, picture):
     c = tiny.config(tmp_path)
     train(c)
     assert {path.name for path in c.folder.iterdir()} >= {"metrics.jsonl", "config.json", "loss.png", "checkpoints"}
@@ -53,13 +53,13 @@ def test_the_learning_rate_is_the_schedule(tmp_path, capsys):
     [
         {},
         {"precision": "bf16"},
-        {"total_batch": 96, "steps": 12, "stop_at": 7},  # 3 micro-batches a step, 31 in an epoch: resumes inside one
+        {"total_batch": 96, "steps": 12, "stop_at": 7},  # 3 micro-batches a step, 31 in an epoch: resumed within one
         {"shuffle": False, "log_every": 7},
         {"checkpoint_every": 4, "steps": 13, "stop_at": 9, "keep": 1},
     ],
     ids=["plain", "bf16", "accumulated", "sequential", "odd"],
 )
-def test_interrupted_and_resumed_equals_straight(tmp_path, capsys, changes):
+def test_a_stopped_and_resumed_run_equals_a_straight_one(tmp_path, capsys, changes):
     stop = changes.pop("stop_at", 10)
     straight, parts = (tiny.config(tmp_path, run=name, **changes) for name in ("straight", "parts"))
     train(straight)
@@ -69,7 +69,7 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, capsys, changes):
     assert_same_run(straight, parts)
 
 
-def test_same_seed_same_run_other_seed_another(tmp_path, capsys):
+def test_the_seed_determines_the_run(tmp_path, capsys):
     runs = [tiny.config(tmp_path, run=name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     for c in runs:
         train(c)
@@ -77,7 +77,7 @@ def test_same_seed_same_run_other_seed_another(tmp_path, capsys):
     assert metrics(runs[0]) != metrics(runs[2])
 
 
-def test_when_losses_are_read_does_not_change_them(tmp_path, capsys):
+def test_log_every_does_not_change_losses(tmp_path, capsys):
     often, rarely = (tiny.config(tmp_path, run=f"every{n}", log_every=n) for n in (1, 7))
     train(often)
     train(rarely)
@@ -85,7 +85,7 @@ def test_when_losses_are_read_does_not_change_them(tmp_path, capsys):
     assert by_step[0] == by_step[1]
 
 
-def test_resume_keeps_the_runs_own_settings_and_records_itself(tmp_path, capsys):
+def test_a_resume_keeps_the_runs_settings_and_is_recorded(tmp_path, capsys):
     c = tiny.config(tmp_path)
     train(replace(c, stop_at=10))
     train(replace(c, resume=True, steps=24, keep=3))

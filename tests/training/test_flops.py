@@ -1,4 +1,4 @@
-"""FLOPs of a step against the literature and torch's own counter; peaks of known devices."""
+"""The FLOPs of a token, compared with the literature and with torch's counter; peaks of known devices."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from gpt2fast.model import GPT, SIZES, GPTConfig
 from gpt2fast.training import flops
 
 
-def test_flops_are_those_of_the_literature():
+def test_flops_agree_with_the_literature():
     gpt2 = SIZES["gpt2"]
     assert flops.parameters(gpt2) == 124_439_808
     assert flops.flops_per_token(gpt2, 1024) / 1e6 == pytest.approx(859.9, abs=0.05)
@@ -22,12 +22,15 @@ def test_flops_agree_with_torchs_counter():
     from gpt2fast.ops import Ops
 
     c = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=1024)
-    # the counter cannot look into cpu's operators
+    # reference's ops, since the counter cannot look into the operators of cpu.py
     ops = Ops(**{name: getattr(reference, name) for name in Ops.__dataclass_fields__})
     model, idx = GPT(c, ops), torch.zeros(1, 128, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # older ones count no CPU's flash
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # an older torch does not count flash attention on a CPU
         model(idx, idx).backward()
-    # Not matmuls, though 6 N counts them: positions, biases and LayerNorm
+    # positions, biases and LayerNorm are not matmuls, although 6 N includes them
     counted = counter.get_total_flops() / 128
     matmul = 6 * (2 * 12 * 64 * 64 + 1024 * 64)
     attention = 12 * 2 * 64 * 128

@@ -1,4 +1,4 @@
-"""The recorded step: on a CPU with a recording that is played by hand, on a GPU as it is."""
+"""The recorded step: on a CPU with a recording that runs its functions again, on a GPU with CUDA graphs."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ STEPS = UNRECORDED + 2
 
 
 def train(kind: type[TrainingStep], device, accumulation: int = 1, made: list | None = None, precision: str = "fp32"):
-    """Losses, norms and weights after STEPS steps, each with another learning rate."""
+    """Take STEPS steps, each with another learning rate. Return losses and norms, and the weights."""
     model = GPT(CONFIG, ops.build(OpsConfig(), device.type)).to(device)
     if precision == "fp64":
         model = model.double()
@@ -37,9 +37,9 @@ def train(kind: type[TrainingStep], device, accumulation: int = 1, made: list | 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 1), ("bf16", 3)])
-def test_a_recorded_step_is_the_step(precision, accumulation, device, monkeypatch):
+def test_a_recorded_step_has_the_bits_of_the_step(precision, accumulation, device, monkeypatch):
     if device.type == "cuda":
-        pytest.skip("the test below records")
+        pytest.skip("the test below records CUDA graphs")
     made = []
     monkeypatch.setattr(graph, "record_graph", played_by_hand(made))
     want, weights = train(TrainingStep, device, accumulation, precision=precision)
@@ -52,7 +52,7 @@ def test_a_recorded_step_is_the_step(precision, accumulation, device, monkeypatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu(accumulation, precision, device):
+def test_it_is_as_accurate_on_a_gpu(accumulation, precision, device):
     truth, base = (train(TrainingStep, device, accumulation, precision=name)[0] for name in ("fp64", precision))
     got, _ = train(GraphedStep, device, accumulation, precision=precision)
     for name, i in (("losses", 0), ("norms", 1)):
@@ -61,9 +61,9 @@ def test_on_a_gpu(accumulation, precision, device):
 
 @pytest.mark.kernel
 def test_a_step_that_is_given_up_leaves_no_trace(device, monkeypatch):
-    """Its micro-batches are neither in the weights nor in the next step's gradients."""
+    """Its micro-batches change neither the weights nor the gradients of the next step."""
     if device.type == "cuda":
-        pytest.skip("plays recordings by hand")
+        pytest.skip("its recordings are not CUDA graphs")
     made = []
     monkeypatch.setattr(graph, "record_graph", played_by_hand(made))
     train(GraphedStep, device, 2, made)

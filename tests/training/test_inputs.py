@@ -1,4 +1,4 @@
-"""What a run reads is refused before anything is written."""
+"""Inputs that cannot be used are refused before anything is written."""
 
 from dataclasses import replace
 

@@ -1,11 +1,11 @@
-"""How unusual a loss is among those before it."""
+"""The z-score of a loss among those before it."""
 
 import math
 
 from gpt2fast.training.log import WINDOW, Spikes
 
 
-def test_what_is_not_finite_stays_out_of_the_window():
+def test_the_window_holds_finite_numbers_only():
     spikes = Spikes()
     found = [spikes.z(float(i % 2)) for i in range(WINDOW)]
     assert all(map(math.isnan, found[:-1]))

@@ -32,7 +32,7 @@ def out_of_memory(*_, **__):
     ids=str,
 )
 def test_out_of_memory_before_the_first_step(folder, monkeypatch, changes, remedy):
-    """What to lower, by how much, and nothing is written."""
+    """The line says what to lower, and to what; nothing is written."""
     monkeypatch.setattr(GPT, "forward", out_of_memory)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 78 * 10**9)
@@ -44,7 +44,7 @@ def test_out_of_memory_before_the_first_step(folder, monkeypatch, changes, remed
 
 
 def test_out_of_memory_while_training(folder, capsys, monkeypatch):
-    """Within a step, and within a checkpoint: the last one stays, nothing half-written does, and the run goes on."""
+    """In a step, and while saving: the last checkpoint stays, no partial file does, and the run can be resumed."""
     c = tiny.config(folder, **SHORT)
     want = straight(c)
     real = session.TrainingStep.update

@@ -1,4 +1,4 @@
-"""The gradient's norm on a CPU: as exact as its fp32 result, and the same for any number of threads."""
+"""The gradient norm on a CPU, exact to a few bits for any number of threads; decay groups; the schedule."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ def threads():
 
 
 @pytest.fixture(autouse=True)
-def compiles_nothing(monkeypatch):
+def nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(optim, "_compile", lambda fn: fn)
 
 
 def gradients(dtype) -> list[torch.Tensor]:
-    """Large, mostly small numbers, short, one, none, and a matrix that is not contiguous."""
+    """Return a large tensor, half of it tiny numbers, tensors of 1024, 1023, 1 and 0 numbers, and a transposed one."""
     random = torch.Generator().manual_seed(0)
     sizes = (LARGE, 1024, 1023, 1, 0)
     found = [torch.randn(n, generator=random) for n in sizes]
@@ -33,14 +33,14 @@ def gradients(dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_exact_within_rounding_of_its_parts(dtype):
-    """torch.dot and torch's norm, of the whole tensor, lose up to 1e-4 of it here."""
+def test_the_norm_is_exact_within_rounding(dtype):
+    """torch.dot and torch's norm of the whole tensor have errors of up to 1e-4 here."""
     given = gradients(dtype)
     truth = torch.stack([(g.double() ** 2).sum() for g in given]).sum().sqrt()
     assert abs(optim.gradient_norm(given).double() - truth) < 2e-6 * truth
 
 
-def test_threads_change_its_last_bits_at_most(threads):
+def test_threads_change_only_the_last_bits_of_the_norm(threads):
     norms = []
     for n in (1, 2):
         threads(n)
@@ -50,13 +50,13 @@ def test_threads_change_its_last_bits_at_most(threads):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, LARGE - 1])
-def test_what_is_not_finite_is_seen_anywhere(bad, place):
+def test_the_norm_shows_a_number_that_is_not_finite(bad, place):
     given = gradients(torch.float32)
     given[0][place] = bad
     assert not optim.gradient_norm(given).isfinite()
 
 
-def test_decay_is_for_matrices_only():
+def test_only_matrices_decay():
     model = GPT(tiny.MODEL, build(OpsConfig()))
     decayed, plain = optim.decay_groups(model, 0.1)
     assert [decayed["weight_decay"], plain["weight_decay"]] == [0.1, 0.0]
@@ -68,7 +68,7 @@ def test_decay_is_for_matrices_only():
     assert group["fused"]
 
 
-def test_schedule():
+def test_the_learning_rate_warms_up_and_falls_to_the_floor():
     def rate(step):
         return optim.learning_rate(step, peak=1.0, floor=0.1, warmup=10, total=101)
 

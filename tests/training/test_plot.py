@@ -1,4 +1,4 @@
-"""Curves: loss.png of a run, and several runs in one figure, judged by their data."""
+"""Curves: the loss.png of a run, and several runs in one figure, checked by the data in the figures."""
 
 import gc
 import tracemalloc
@@ -30,7 +30,7 @@ def test_the_plot_has_both_curves_and_the_entropy(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_a_long_curve_is_drawn_by_its_lowest_and_highest_points():
+def test_a_long_curve_keeps_its_lowest_and_highest_points():
     points = np.array([(i, i % 7) for i in range(20000)], dtype=float)
     points[12345, 1] = 99.0
     found = plot.envelope(points)
@@ -43,27 +43,27 @@ def test_a_long_curve_is_drawn_by_its_lowest_and_highest_points():
     assert (plot.envelope(points[:2000]) == points[:2000]).all()
 
 
-def test_drawing_a_long_run_keeps_two_numbers_of_a_row(tmp_path):
-    """All rows at once were what tests.long.soak saw grow."""
+def test_drawing_keeps_two_numbers_of_a_row_in_memory(tmp_path):
+    """Keeping whole rows was a leak that tests.long.soak found."""
 
-    def most(n: int) -> int:
+    def peak_memory(n: int) -> int:
         rows = ({"step": i, "loss": float(i), "lr": 0.1 * i, "grad_norm": 0.2 * i} for i in range(n))
         plot.loss_curve(rows, tmp_path / "loss.png", "a run", 5.84)
         return tracemalloc.get_traced_memory()[1]
 
     tracemalloc.start()
     try:
-        few = most(2_000)
-        assert most(50_000) - few < 100 * 50_000
+        few = peak_memory(2_000)
+        assert peak_memory(50_000) - few < 100 * 50_000
     finally:
         tracemalloc.stop()
 
 
-def test_nothing_is_left_of_a_drawn_figure(tmp_path):
+def test_a_drawn_figure_is_freed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     config, dataset = SimpleNamespace(folder=tmp_path), SimpleNamespace(name="data")
     s = SimpleNamespace(config=config, inputs=SimpleNamespace(dataset=dataset, entropy=5.0), world=ALONE)
-    gc.disable()  # so that none is collected by chance
+    gc.disable()  # so that no figure is collected by chance
     try:
         draw_loss_curve(s)
         assert not [each for each in gc.get_objects() if type(each).__name__ == "Figure"]
@@ -78,7 +78,7 @@ ROWS = [
 
 
 def curves(axes):
-    """label -> (x, y) of each line."""
+    """Return (label, x, y) of each line."""
     return [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
 
 
@@ -86,7 +86,7 @@ def test_four_panels_show_the_metrics():
     loss, rate, norm, speed = plot.compare([Run("a: torch, bf16", ROWS, 5.5)]).axes
     steps = [1, 2, 3, 4]
     for axes, name in ((loss, "loss"), (norm, "grad_norm"), (speed, "tokens_per_s")):
-        for _, x, y in curves(axes)[:2]:  # as it is, and smoothed: which four values are not
+        for _, x, y in curves(axes)[:2]:  # the raw and the smoothed curve, equal for four values
             assert (x, y) == (steps, [row[name] for row in ROWS[:4]])
     assert curves(rate)[0][1:] == (steps, [row["lr"] for row in ROWS[:4]])
     labels = {label: (x, y) for label, x, y in curves(loss)}
@@ -97,7 +97,7 @@ def test_four_panels_show_the_metrics():
     assert (loss.get_yscale(), norm.get_yscale(), speed.get_ylim()[0]) == ("log", "log", 0)
 
 
-def test_runs_with_other_steps_are_compared_by_tokens():
+def test_runs_with_steps_of_other_sizes_are_compared_by_tokens():
     double = [row | {"tokens": 2 * row["tokens"]} if "tokens" in row else row for row in ROWS]
     runs = [Run("a", ROWS, 5.5), Run("b", double, 5.5), *(Run(f"c{i}", ROWS, 6.0) for i in range(6))]
     loss, _, _, speed = plot.compare(runs).axes
@@ -111,13 +111,13 @@ def test_runs_with_other_steps_are_compared_by_tokens():
     assert len([label for label in lines if label.startswith("unigram")]) == 2
 
 
-def test_a_norm_that_was_infinite_is_left_out():
+def test_an_infinite_norm_is_not_drawn():
     rows = [ROWS[0], ROWS[1] | {"grad_norm": None}, ROWS[2]]
     norm = plot.compare([Run("a", rows, 5.5)]).axes[2]
     assert curves(norm)[0][1] == [1, 3]
 
 
-def test_smoothing():
+def test_smoothing_is_a_moving_average():
     y = np.random.default_rng(0).normal(size=207)
     half = 207 // 40
     for i, value in enumerate(plot.smooth(y)):

@@ -1,4 +1,4 @@
-"""config.json: what a run was told, and what that became."""
+"""config.json: the settings of a run, and the choices made from them."""
 
 import json
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ from gpt2fast.training.record import FACTS, NEEDED, changed_choice, read_record
 from tests.tools import tiny
 
 
-def test_what_auto_became_is_read_back(tmp_path):
+def test_settings_and_choices_are_read_back(tmp_path):
     c = replace(PRESETS["nano"], backend="auto", ops=OpsConfig(mlp="compiled"))
     facts = {"parameters": 1, "unigram_entropy": 5.8, "data_fingerprint": "0" * 16}
     resolved = asdict(tiny.choices(ops=c.ops.with_backend("torch"), auto={})) | facts
@@ -23,7 +23,7 @@ def test_what_auto_became_is_read_back(tmp_path):
     assert read_record(tmp_path) == (c, resolved)
 
 
-def test_config_json_of_something_else(folder, capsys):
+def test_a_damaged_config_json_is_refused(folder, capsys):
     c = tiny.config(folder, stop_at=2)
     train.train(c)
     for text in ("{}", "[]", '{"config": {"model": 3}}', "nonsense", '{"config": null}'):
@@ -32,7 +32,7 @@ def test_config_json_of_something_else(folder, capsys):
             read_record(c.folder)
 
 
-def test_a_record_from_before_a_choice_was_kept_is_read(tmp_path):
+def test_a_record_older_than_a_choice_is_read(tmp_path):
     c = PRESETS["nano"]
     facts = {"parameters": 1, "unigram_entropy": 5.8, "data_fingerprint": "0" * 16}
     resolved = asdict(tiny.choices()) | facts

@@ -1,4 +1,4 @@
-"""Bad input and bad luck: refused in one line before anything is written; what was saved stays good."""
+"""Bad input is refused in one line before anything is written; what was saved stays good."""
 
 import os
 from dataclasses import replace
@@ -40,7 +40,7 @@ def unreadable(folder):
 
 
 CUDA_ABSENT = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-# (flags, damage to the data, what the line must say)
+# name -> (flags, damage to the data, what the line must say)
 BAD = {
     "T beyond block size": (["--seq-len", "32"], None, "--seq-len 32 is longer than the model's block size 16"),
     "B*T not dividing": (["--total-batch", "100"], None, r"--total-batch 100 is not a multiple of B\*T = 2\*16 = 32"),
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert train(replace(c, resume=True)) == 0
 
 
-def test_a_loss_that_is_not_finite_at_the_start_writes_nothing(folder, monkeypatch):
+def test_a_loss_that_is_not_finite_at_the_start_is_refused(folder, monkeypatch):
     monkeypatch.setattr(GPT, "forward", lambda self, x, y: self.wte.weight.sum() * float("inf"))
     with pytest.raises(UserError, match="the loss is .* at step 1"):
         train(tiny.config(folder))
@@ -171,8 +171,8 @@ def test_out_of_memory_names_a_remedy(folder, monkeypatch):
         train(tiny.config(folder))
 
 
-def test_a_shard_written_while_the_disk_is_full_is_refused_later(folder):
-    """What a foreign program left half-written is found by its size."""
+def test_a_shard_that_another_program_left_half_written_is_refused(folder):
+    """Its size does not fit its header."""
     path = folder / "data" / "train.bin"
     os.truncate(path, 1500)
     with pytest.raises(UserError, match="truncated"):

@@ -1,4 +1,4 @@
-"""A run's folder: one run, one process, and metrics whose every line is whole."""
+"""The folder of a run: one run, one process, and metrics of whole lines."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from gpt2fast.training import run
 from tests.tools import tiny
 
 
-def test_metrics_are_json_even_when_a_norm_is_infinite_or_a_loss_nan(tmp_path):
+def test_metrics_are_json_with_an_infinite_norm_or_a_nan_loss(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with run.Metrics(path, last_step=0) as rows:
         rows.write({"step": 1, "loss": 2.5, "grad_norm": math.inf, "mfu": None})
@@ -77,17 +77,17 @@ def test_a_folder_with_other_files_is_refused(folder):
         train(tiny.config(folder))
 
 
-def test_a_run_that_appears_while_this_one_gets_ready_is_not_mixed_with_it(folder, monkeypatch):
+def test_a_run_that_appears_while_this_one_is_prepared_is_kept(folder, monkeypatch):
     c = tiny.config(folder)
 
-    def get_ready(config, world):
+    def start_late(config, world):
         s = real(config, world)
         c.folder.mkdir(parents=True)
         (c.folder / "config.json").write_text("another's")
         return s
 
     real = program.start_session
-    monkeypatch.setattr(program, "start_session", get_ready)
+    monkeypatch.setattr(program, "start_session", start_late)
     with pytest.raises(UserError, match="already holds a run"):
         train(c)
     assert (c.folder / "config.json").read_text() == "another's"

@@ -1,4 +1,4 @@
-"""What a person sees: a terminal gets one live line, a log file plain ones; the plot shows the unigram entropy."""
+"""What a run prints: one live line in a terminal, plain lines in a log file, the header, TensorBoard's files."""
 
 import os
 import pty
@@ -19,11 +19,11 @@ ROW = {"step": 3, "loss": 9.87654, "lr": 6e-4, "grad_norm": 1.2345, "tokens_per_
     [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3725, "1:02:05"), (2 * 86400 + 61, "2d 00:01")],
     ids=str,
 )
-def test_clock(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert screen.clock(seconds) == text
 
 
-def test_plain_lines_when_the_output_is_no_terminal(capsys):
+def test_plain_lines_where_the_output_is_not_a_terminal(capsys):
     with screen.Screen(10, 0) as s:
         s.step(ROW, eta=75)
         s.step(ROW, eta=74)  # too soon for another line
@@ -36,7 +36,7 @@ def test_plain_lines_when_the_output_is_no_terminal(capsys):
     ]
 
 
-def test_one_live_line_in_a_terminal(tmp_path):
+def test_a_terminal_gets_one_live_line(tmp_path):
     code = f"""
 from gpt2fast.training.screen import Screen
 with Screen(10, 0) as s:
@@ -55,14 +55,14 @@ with Screen(10, 0) as s:
     assert "an event\r\n" in output
 
 
-def test_a_run_without_validation_split_says_so(tmp_path, capsys):
+def test_a_run_without_a_validation_split_says_so(tmp_path, capsys):
     c = tiny.config(tmp_path, steps=2, warmup=1)
     (tmp_path / "data" / "val.bin").unlink()
     assert train(c) == 0
     assert "so there is no validation" in capsys.readouterr().out
 
 
-def test_tensorboard(tmp_path, capsys):
+def test_tensorboards_files_have_every_step(tmp_path, capsys):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     c = tiny.config(tmp_path, steps=4, warmup=1, tensorboard=True)
     train(c)
@@ -77,7 +77,7 @@ def test_an_implausible_first_loss_is_reported(tmp_path):
     assert "the loss of an untrained model should be about 10.82, and it is 14.00" in screen.header(s, "")
 
 
-def test_the_header_says_what_matters(tmp_path):
+def test_the_header_has_the_numbers_of_the_run(tmp_path):
     s = start_session(tiny.config(tmp_path, model=tiny.GPT2_WORDS))
     text = screen.header(s, "preset nano")
     for part in (

