@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from gpt2fast import __version__, ops
 from gpt2fast.errors import UserError, describe_error
 from gpt2fast.files.atomic import write_atomic
 from gpt2fast.machine.device import device_name
+from gpt2fast.machine.versions import installed
 from gpt2fast.measure import Result, Workload, measure_op
 from gpt2fast.ops import NAMES, OpsConfig
 
@@ -146,7 +146,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": device_name(device),
         "capability": ".".join(map(str, capability)),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed("triton") or "none",
         "gpt2fast": __version__,
         "sources": _hash(_sources()),
     }
@@ -222,10 +222,3 @@ def _hash(files: Iterable[Path]) -> str:
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

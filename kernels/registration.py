@@ -25,7 +25,6 @@ from gpt2fast.kernels.launch import INTERPRETED
 
 NAMESPACE = "gpt2fast"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BODIES: dict[str, Callable] = {}  # the function of each op, to register it in another way
 _library = library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -33,7 +32,6 @@ def op(name: str, *, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[C
     """Decorate a function: its annotations give the schema; the result is the op, called like the function."""
 
     def register(fn: Callable) -> torch._ops.OpOverload:
-        BODIES[name] = fn
         schema = library.infer_schema(fn, mutates_args=mutates)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # one body for every device, since Triton compiles for the current one

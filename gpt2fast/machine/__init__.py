@@ -1,1 +1,1 @@
-"""The device, the processes and the versions that a run computes on."""
+"""The device, the processes and the software versions of a run."""

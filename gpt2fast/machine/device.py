@@ -1,4 +1,4 @@
-"""Which device, and in which precision: decided once, at start-up, from what is there."""
+"""The device and the precision of a run, chosen once at start-up; memory, threads, CUDA graphs and streams."""
 
 import contextlib
 import ctypes
@@ -19,9 +19,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto", world: World = ALONE) -> torch.device:
-    """ "auto": CUDA, else MPS, else CPU. A device that is asked for by name and absent is a UserError.
+    """Return the device called `name`; "auto" is CUDA, else MPS, else CPU. UserError if a named device is absent.
 
-    Of several ranks each takes the GPU of its number on its machine, and makes it torch's current one.
+    With several ranks, each takes the GPU whose index is its local rank, and makes it torch's current device.
     """
     if world.size > 1:
         return _pick_for_rank(name, world)
@@ -32,7 +32,7 @@ def pick_device(name: str = "auto", world: World = ALONE) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}: auto, cuda, cuda:1, mps and cpu are known") from None
+        raise UserError(f"unknown device {name!r}: use auto, cuda, cuda:1, mps or cpu") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -41,7 +41,7 @@ def pick_device(name: str = "auto", world: World = ALONE) -> torch.device:
             )
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise UserError("device mps was asked for, and this torch has none: use --device auto or cpu")
+            raise UserError("device mps was asked for, and torch sees none: use --device auto or cpu")
     elif device.type != "cpu":
         raise UserError(f"device {name} is not supported: use cuda, mps or cpu")
     return device
@@ -51,11 +51,13 @@ def _pick_for_rank(name: str, world: World) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if name not in ("auto", "cuda"):
-        raise UserError(f"--device {name} with {world.size} processes: use cuda, of which each takes its own, or cpu")
+        raise UserError(
+            f"--device {name} with {world.size} processes: use cuda, where each process takes one GPU, or cpu"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if world.local_rank >= count:
         raise UserError(
-            f"this machine runs more processes than it has GPUs, of which torch sees {count}: start torchrun with "
+            f"this machine runs more processes than torch sees GPUs ({count}): start torchrun with "
             f"--nproc-per-node {max(1, count)}, or use --device cpu"
         )
     torch.cuda.set_device(world.local_rank)
@@ -63,7 +65,8 @@ def _pick_for_rank(name: str, world: World) -> torch.device:
 
 
 def pick_precision(name: Precision | Literal["auto"], device: torch.device, interpreted: bool = False) -> Precision:
-    """ "auto": bf16 where the matrix units do it, fp16 on a CUDA GPU that lacks it, else fp32.
+    """Return the precision called `name`; "auto" is bf16 where matrix units support it, fp16 on other CUDA GPUs, else
+    fp32.
 
     `interpreted`: some kernels run in Triton's interpreter, which computes bf16 wrongly.
     """
@@ -89,54 +92,59 @@ def _cuda_has_bf16(device: torch.device) -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether bf16 matmuls are faster than fp32 ones, not merely possible."""
+    """Return whether bf16 matmuls are faster than fp32 ones, not merely supported."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return False
     if "amx_bf16" not in flags and "avx512_bf16" not in flags:
         return False
-    # oneDNN may be told to do without (ONEDNN_MAX_CPU_ISA), and then multiplies bf16 a hundred times slower than fp32;
-    # ATen too (ATEN_CPU_CAPABILITY), and then raises in its attention: "pack_vnni2 is only supported when avx512 is"
+    # ONEDNN_MAX_CPU_ISA may keep oneDNN from these instructions: it then multiplies bf16 100 times slower than fp32.
+    # ATEN_CPU_CAPABILITY may keep ATen: its attention then raises "pack_vnni2 is only supported when avx512 is"
     aten = torch.backends.cpu.get_cpu_capability()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and aten.startswith("AVX512")
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
-    """torch's autocast for bf16 and fp16; nothing for fp32."""
+    """Return torch's autocast for bf16 and fp16, and a context that does nothing for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def set_tf32(device: torch.device, on: bool) -> None:
-    """fp32 matmuls on CUDA tensor cores with 10 mantissa bits, or exact."""
+    """Compute fp32 matmuls on CUDA tensor cores with 10 mantissa bits (TF32), or exactly."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
 
 
 def set_deterministic(device: torch.device, on: bool) -> None:
-    """Algorithms that give the same bits every time, or the fastest. torch raises where an operation has no such.
+    """Use algorithms that give the same bits every time, or the fastest ones. torch raises for an operation that has no
+    deterministic algorithm.
 
-    torch extends it to SDPA (flash with ordered sums, memory-efficient with keys in one piece, cuDNN not at all) and to
-    Inductor, which then measures no candidates.
+    torch applies this to SDPA (flash sums in a fixed order, memory-efficient does not split the keys, cuDNN is not
+    used) and to Inductor, which then does not benchmark candidates.
     """
     if on and device.type == "mps":
-        raise UserError("--deterministic is for CPU and CUDA: torch's embedding has no such gradient on MPS")
+        raise UserError(
+            "--deterministic works on CPU and CUDA only: torch's embedding has no deterministic gradient on MPS"
+        )
     if on and device.type == "cuda":
-        # cuBLAS reads it when it starts, and torch refuses to multiply with any other
+        # cuBLAS reads it when it starts, and torch refuses to multiply with any other value
         given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if given not in (":4096:8", ":16:8"):
-            raise UserError(f"CUBLAS_WORKSPACE_CONFIG is {given}: --deterministic needs :4096:8 or :16:8, or none set")
-    if on != torch.are_deterministic_algorithms_enabled():  # the call alone imports Inductor, in two seconds
+            raise UserError(
+                f"CUBLAS_WORKSPACE_CONFIG is {given}: --deterministic needs :4096:8 or :16:8: set one, or unset it"
+            )
+    if on != torch.are_deterministic_algorithms_enabled():  # the call imports Inductor, which takes 2 s
         torch.use_deterministic_algorithms(on)
-    # NaN in all new memory finds who reads what nobody wrote, in a pass over it each time; tests find that too
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module, made at run time
+    # filling new memory with NaN would expose reads of unwritten memory, at a pass over it each time; tests do that
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property that the module gets at run time
 
 
 @contextlib.contextmanager
 def any_algorithm() -> Iterator[None]:
-    """Within it, operations that have no deterministic algorithm run: torch 2.11's cumsum on CUDA is one."""
+    """Allow operations without a deterministic algorithm, such as torch 2.11's cumsum on CUDA, within the context."""
     on = torch.are_deterministic_algorithms_enabled()
     if on:
         torch.use_deterministic_algorithms(False)
@@ -148,24 +156,26 @@ def any_algorithm() -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep the memory it has; False where the C library is not glibc.
+    """Tell glibc's allocator to keep freed memory, and return whether it will; False if the C library is not glibc.
 
-    By default every tensor above 32 MB is a fresh mapping that goes back to the kernel when it is freed, so that each
-    step pays for clearing all of its pages again. That costs as much as the arithmetic: nano trains 1.9 times as fast
-    in fp32 with this, on two cores (benchmarks/NOTES.md). Call it once, at the start of a program.
+    By default every tensor above 32 MB is a new mapping that is returned to the kernel when it is freed, so each step
+    pays for clearing all of its pages again. That costs as much as the arithmetic: nano trains 1.9 times as fast in
+    fp32 with this, on two cores (benchmarks/NOTES.md). Call it once, at the start of a program.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL("libc.so.6").mallopt
-    # -1 is never; the largest number, 2 GB, would trim the heap of a gpt2 step each time
+    # -1 means never; the largest number, 2 GB, would trim the heap in every gpt2 step
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 * 2**20))
     done = [mallopt(option, value) for option, value in settings]
     return all(done)
 
 
 def use_allowed_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> None:
-    """No more threads than a container's CPU quota keeps busy. torch counts the machine's cores and knows no quota; and
-    threads that wait for their share make all others wait. A user's OMP_NUM_THREADS is left alone.
+    """Limit torch's threads to the container's CPU quota, unless OMP_NUM_THREADS is set.
+
+    torch counts the machine's cores and ignores quotas; threads beyond the quota are suspended, and all others wait for
+    them.
     """
     quota = cpu_quota(cgroup)
     if quota is not None and "OMP_NUM_THREADS" not in os.environ:
@@ -173,7 +183,7 @@ def use_allowed_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> None:
 
 
 def cpu_quota(cgroup: Path) -> float | None:
-    """Cores' worth of time that Linux's control groups (version 2, or 1) grant this process; None: all there is."""
+    """Return how many cores' time Linux's control groups (version 2, or 1) grant this process; None: no limit."""
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -187,7 +197,7 @@ def cpu_quota(cgroup: Path) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """As the driver or the operating system spells it."""
+    """Return the device's name as the driver or the operating system reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return (
@@ -206,7 +216,7 @@ def cpu_name() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything that was asked of it."""
+    """Wait until the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -214,8 +224,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def record_graph(work: Callable[[], object], other: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
-    """`work`, which is not done now. What it allocates comes from the memory of `other`, or new, and is never given
-    back while the graph lives."""
+    """Record `work` as a CUDA graph, without executing it.
+
+    What it allocates comes from the memory pool of `other`, or from a new one, and is kept as long as the graph.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=other.pool() if other else None):
         work()
@@ -224,7 +236,7 @@ def record_graph(work: Callable[[], object], other: torch.cuda.CUDAGraph | None 
 
 @contextlib.contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """On a stream of its own: autograd remembers streams, and recording must not depend on the default one."""
+    """Run the block on a side stream: autograd remembers streams, and recording must not depend on the default one."""
     if device.type != "cuda":
         yield
         return

@@ -1,7 +1,7 @@
-"""How the processes of a run begin and end together: `joined` makes the World of torchrun's environment.
+"""How the processes of a run start and end together: `joined` makes a World from torchrun's environment.
 
-The rank that ends the run leaves the cause in torchrun's store; the others, whose next collective then fails, find it
-there and print it.
+The rank that ends the run writes the cause to torchrun's store. The next collective of the other ranks then fails; they
+read the cause from the store and print it.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ ROLL_CALL = 15.0  # seconds for survivors to answer; torchrun kills them after 3
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """The World of torchrun's environment, or of one process where there is none.
+    """Yield the World that torchrun's environment describes, or a World of one process without torchrun.
 
-    On other ranks than 0 nothing is printed. An error that leaves it ends this process, and soon the others.
+    Ranks other than 0 print nothing. An error that leaves the block ends this process, and soon after it the others.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
@@ -35,7 +35,7 @@ def joined() -> Iterator[World]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if world.main else nowhere):
         try:
             yield world
-            world.barrier()  # a gloo process that leaves before the others may take them along
+            world.barrier()  # a gloo process that exits before the others may make them fail
         except BaseException as error:
             _leave(world, store, error)
     dist.destroy_process_group()
@@ -43,7 +43,7 @@ def joined() -> Iterator[World]:
 
 @contextlib.contextmanager
 def one_complains(world: World) -> Iterator[None]:
-    """For a command line, which is wrong on every rank if it is on one."""
+    """Silence stderr on ranks other than 0: a command line that is wrong on one rank is wrong on all."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if world.main else nowhere):
         yield
 
@@ -64,16 +64,16 @@ def _join() -> tuple[World, dist.Store]:
 
 
 def _leave(world: World, store: dist.Store, error: BaseException) -> NoReturn:
-    """Say why, for others to find it, and end at once: what other ranks wait for, or NCCL, may never return."""
+    """Record and print why, then exit at once: a collective that other ranks wait in, or NCCL, may never return."""
     gone = isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or isinstance(error, dist.DistError))
-    text, code = (f"the others cannot be reached ({one_line(error)})", 1) if gone else _cause(error)
-    with contextlib.suppress(RuntimeError):  # without torchrun the store is in rank 0, and gone with it
+    text, code = (f"the other ranks cannot be reached ({one_line(error)})", 1) if gone else _cause(error)
+    with contextlib.suppress(RuntimeError):  # without torchrun the store lives in rank 0, and ends with it
         if gone:
             text = _who_is_gone(world, store)
         else:
             store.set(f"cause/{world.rank}", text)
             if not world.main and _within(3.0, lambda: _causes(world, store).get(0) == text):
-                text = ""  # rank 0 says the same
+                text = ""  # rank 0 prints the same
     if text:
         print(f"error: rank {world.rank}: {text}" if code else text, file=sys.stderr)
     sys.stdout.flush()
@@ -93,17 +93,20 @@ def _cause(error: BaseException) -> tuple[str, int]:
 
 
 def _who_is_gone(world: World, store: dist.Store) -> str:
-    """In words, for the first of the survivors; "" for the others."""
+    """Return a message that names the ranks that ended, on the first of the survivors; "" on the others."""
     store.set(f"alive/{world.rank}", "")
     hang_up()
-    # The same where there is no /proc. It may wait for others itself: hence a thread
+    # Closes connections where there is no /proc too. A thread, because it may itself wait for other ranks
     threading.Thread(target=dist.destroy_process_group, daemon=True).start()
 
     def silent() -> list[int]:
         return [rank for rank in range(world.size) if not store.check([f"alive/{rank}"])]
 
     def all_have_answered() -> bool:
-        """All but one, or but those who said why they end; else two survivors may each think that they are first."""
+        """Return whether all but one have answered, or all but those that recorded a cause.
+
+        Otherwise two survivors might each take themselves for the first.
+        """
         known = set(_causes(world, store))
         return set(silent()) <= known if known else len(silent()) <= 1
 
@@ -116,8 +119,8 @@ def _who_is_gone(world: World, store: dist.Store) -> str:
         what = f"rank {rank} ended the run: {text}"
     else:
         ranks = ", ".join(map(str, lost))
-        what = f"rank {ranks} is gone without a word: killed, out of memory, or its machine is gone"
-    return f"{what}; what was saved is whole: continue with --resume"
+        what = f"rank {ranks} disappeared without an error: killed, out of memory, or its machine is down"
+    return f"{what}; the saved checkpoints are complete: continue with --resume"
 
 
 def _causes(world: World, store: dist.Store) -> dict[int, str]:

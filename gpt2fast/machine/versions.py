@@ -1,4 +1,4 @@
-"""What a number was measured on: versions, device, commit. Goes into config.json and into every results row."""
+"""The record of what a number was measured on: versions, device, commit. Kept in config.json and every results row."""
 
 import datetime
 import platform
@@ -12,16 +12,24 @@ from gpt2fast import __version__
 from gpt2fast.machine.device import cpu_name
 
 
+def installed(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def record() -> dict:
-    """Plain values only, ready for JSON."""
+    """Return the record as plain values, ready for JSON."""
     row = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpt2fast": __version__,
         **_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
+        "triton": installed("triton"),
+        "numpy": installed("numpy"),
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         "cpu": cpu_name(),
@@ -42,7 +50,7 @@ def record() -> dict:
 
 
 def _commit() -> dict:
-    """The checkout's commit and whether it was changed since; None in an installed copy."""
+    """Return the checkout's commit and whether tracked files differ from it; None for both in an installed copy."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}
@@ -55,11 +63,4 @@ def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None

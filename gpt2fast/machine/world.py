@@ -1,15 +1,16 @@
-"""The processes of a run: a frozen World says which one this is, and is how they talk to each other.
+"""The processes of a run: a frozen World holds the rank of this one, and the collectives between them.
 
-    control     a gloo group of the hosts: signals, sums of validation, errors. Its timeout is long, since rank 0 may be
-                writing a checkpoint. A process that has died is noticed at once, since its sockets close; a machine
-                without power or network in half a minute, since it no longer answers the kernel (sockets.py)
+    control     a gloo group on the CPU: signals, sums of validation, errors. Its timeout is long, since rank 0 may be
+                writing a checkpoint. A process that dies is noticed at once, since its sockets close; a machine that
+                loses power or network within half a minute, since it no longer answers the kernel (sockets.py)
     gradients   NCCL on CUDA, else gloo: DDP's buckets and the loss; on CUDA with a timeout of one minute
 
-A World of one process does all of this at once, at no cost: the rest of the code does not ask how many there are.
+In a World of one process every collective returns at once, at no cost, so the rest of the code is the same for one
+process and for many.
 
-Batch i of a run is a pure function of i (data/loader.py). Of the batches of a step rank r takes those number r,
-r + size, ...: so N ranks read in each step what one rank reads with N times the accumulation, and a run that was saved
-on N ranks resumes on M.
+Batch i of a run is a pure function of i (data/loader.py). Rank r takes the batches r, r + size, r + 2 size, ... of each
+step, so N ranks read in each step what one rank reads with N times the accumulation, and a run that was saved on N
+ranks resumes on M.
 
 ZeRO-1: Rajbhandari et al. 2020, arXiv:1910.02054, stage 1 (P_os).
 """
@@ -29,13 +30,13 @@ from torch.optim import Optimizer
 from gpt2fast.errors import UserError
 from gpt2fast.machine.sockets import notice_lost_hosts
 
-PATIENCE = timedelta(hours=2)  # timeout of the hosts' group: rank 0 may be writing a large checkpoint to a slow disk
-HANG = timedelta(minutes=1)  # timeout of NCCL, which does not notice that a machine has lost its power
+PATIENCE = timedelta(hours=2)  # timeout of the control group: rank 0 may be writing a large checkpoint to a slow disk
+HANG = timedelta(minutes=1)  # timeout of NCCL, which does not notice that a machine has lost power
 
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among how many. `local_rank` counts within the machine: it is the number of the GPU."""
+    """This process's rank among `size` processes. `local_rank` counts within the machine: it is the GPU's index."""
 
     rank: int = 0
     size: int = 1
@@ -44,11 +45,11 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether it is this one that logs and saves."""
+        """Whether this rank logs and saves."""
         return self.rank == 0
 
     def on(self, device: torch.device) -> "World":
-        """The same, with a group for gradients. Collective: every rank calls it."""
+        """Return this World with a group for gradients. Collective: every rank must call it."""
         if self.size == 1:
             return self
         cuda = device.type == "cuda"
@@ -58,13 +59,16 @@ class World:
         return replace(self, gradients=group)
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """`module` with DDP around it: gradients are averaged in backward, and lie in DDP's buckets from then on."""
+        """Return `module` wrapped in DDP, which averages gradients in backward and keeps them in its buckets."""
         if self.size == 1:
             return module
         return DistributedDataParallel(module, process_group=self.gradients, gradient_as_bucket_view=True)
 
     def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers, such as signals: what one has seen, all know. The hosts wait."""
+        """Return the largest of all ranks' numbers on every rank, for example a signal that one of them received.
+
+        The CPU waits, and not the GPU.
+        """
         if self.size == 1:
             return int(number)
         most = torch.tensor([int(number)])
@@ -72,19 +76,22 @@ class World:
         return int(most)
 
     def mean_(self, x: Tensor) -> None:
-        """Put the mean over ranks into the 0-d `x`, on the device."""
+        """Replace the 0-d tensor `x`, on the device, by its mean over ranks."""
         if self.size > 1:
             dist.all_reduce(x.div_(self.size), group=self.gradients)
 
     def totals(self, *numbers: float) -> list[float]:
-        """Sums over ranks, in float64."""
+        """Return each number's sum over ranks, in float64, on every rank."""
         sums = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(sums)
         return sums.tolist()
 
     def all_gather(self, text: str) -> list[str]:
-        """Every rank's text, on every rank. As bytes: torch's own gathering of objects would unpickle them."""
+        """Return every rank's text, in order of rank, on every rank.
+
+        Sent as bytes: torch's own gathering of objects would unpickle them.
+        """
         if self.size == 1:
             return [text]
         data = text.encode()
@@ -96,11 +103,11 @@ class World:
         return [bytes(row.tolist()[: int(n)]).decode() for row, n in zip(rows, lengths)]
 
     def broadcast(self, text: str) -> str:
-        """Rank 0's text."""
+        """Return rank 0's text on every rank."""
         return self.all_gather(text if self.main else "")[0]
 
     def check_same(self, values: dict[str, object]) -> None:
-        """UserError if a rank has another value than rank 0."""
+        """Raise UserError if a rank's value differs from rank 0's."""
         mine = json.dumps({name: str(value) for name, value in values.items()})
         first, *others = map(json.loads, self.all_gather(mine))
         for rank, other in enumerate(others, 1):
@@ -112,16 +119,16 @@ class World:
                     )
 
     def interleave(self, mine: list[str], count: int) -> list[str]:
-        """`count` texts in order on every rank, where rank r has those with the numbers r, r + size, ..."""
+        """Return `count` texts in order on every rank; rank r passes those with the indices r, r + size, ..."""
         hands = [json.loads(text) for text in self.all_gather(json.dumps(mine))]
         return [hands[i % self.size][i // self.size] for i in range(count)]
 
     def barrier(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         self.largest(0)
 
     def gather_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of tensors that lie on some rank each: all of them on rank 0, on the CPU, and on the others nothing."""
+        """Return all ranks' tensors on rank 0, on the CPU, and an empty dict on the others."""
         lists = [json.loads(text) for text in self.all_gather(json.dumps(_describe(tensors)))]
         found = {name: tensor.cpu() for name, tensor in tensors.items()} if self.main else {}
         for rank, described in enumerate(lists[1:], 1):
@@ -142,16 +149,17 @@ def _describe(tensors: dict[str, Tensor]) -> dict[str, tuple[list[int], str]]:
 
 
 def shard(make: Callable[..., Optimizer], groups: list[dict], world: World, **settings) -> Any:
-    """ZeRO-1: each rank has the moments of its share of the weights only, updates those, and sends them to the others.
+    """Return a ZeRO-1 optimizer: each rank keeps moments for its share of the weights only, updates that share, and
+    sends it to the others.
 
-    Bit for bit what `make(groups, **settings)` does on every rank.
+    The weights are bit for bit those that `make(groups, **settings)` computes on every rank.
     """
-    # imported here: it takes a second, which most programs need not wait
+    # imported here, since it takes a second that most programs do not need
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer(groups, make, process_group=world.gradients, **settings)  # type: ignore[arg-type]
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that does the work on this rank: ZeRO-1 has it inside."""
+    """Return the optimizer that does the work on this rank, which a ZeRO-1 optimizer wraps."""
     return getattr(optimizer, "optim", optimizer)

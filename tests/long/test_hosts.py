@@ -1,4 +1,4 @@
-"""Two machines, played by two network namespaces with a cable between them: torchrun's lines for several nodes."""
+"""torchrun on two machines, which two network namespaces with a cable between them stand for."""
 
 import os
 import shutil
@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 from gpt2fast import train as program
-from gpt2fast.training.run import read_metrics
-from gpt2fast.weights import checkpoint
 from tests.tools import ranks, tiny
 from tests.tools.checkout import CHECKOUT
 from tests.tools.gpu import CUDA
@@ -32,7 +30,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts():
-    """{name: namespace}, each with one end of a cable."""
+    """{host: network namespace}, connected by a cable."""
     names = {host: f"gpt2fast-{os.getpid()}-{host}" for host in HOSTS}
     try:
         for name in names.values():
@@ -62,10 +60,10 @@ def folder(tmp_path):
 
 
 def torchrun(namespace: str, host: str, folder: Path, *flags: str) -> subprocess.Popen:
-    """The line of docs/many_gpus.md for each of two nodes. What it prints goes to a file."""
+    """Start the command of docs/many_gpus.md on one of two nodes, with its output in HOST.txt."""
     command = f"ip netns exec {namespace} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 "
     command += f"--rdzv-backend c10d --rdzv-endpoint {HOSTS['a']}:29500 --rdzv-id run1 "
-    # which the name of a machine would say: both have that of the real one
+    # torchrun derives these from the host name, and both namespaces have that of the real machine
     command += f"--local-addr {HOSTS[host]} --rdzv-conf is_host={int(host == 'a')} "
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
     environment.pop("TRITON_INTERPRET", None)
@@ -76,15 +74,11 @@ def torchrun(namespace: str, host: str, folder: Path, *flags: str) -> subprocess
         )  # fmt: skip
 
 
-def rows(folder: Path, run: str) -> list[dict]:
-    return read_metrics(folder / "out" / run / "metrics.jsonl")
-
-
-def test_two_machines_train_what_one_process_does(hosts, folder):
+def test_two_machines_get_the_losses_of_one_process(hosts, folder):
     nodes = {host: torchrun(hosts[host], host, folder, "--run", "two") for host in HOSTS}
     assert [node.wait(HANG) for node in nodes.values()] == [0, 0], (folder / "a.txt").read_text()
     ranks.run(program.main, 1, folder, [*FLAGS, "--run", "one"])
-    one, two = ([row[name] for row in rows(folder, run) for name in ("loss", "val_loss") if name in row]
+    one, two = ([row[name] for row in ranks.metrics(folder, run) for name in ("loss", "val_loss") if name in row]
                 for run in ("one", "two"))  # fmt: skip
     assert len(one) >= 6
     np.testing.assert_allclose(two, one, rtol=2**-21)
@@ -92,11 +86,11 @@ def test_two_machines_train_what_one_process_does(hosts, folder):
 
 @pytest.mark.parametrize("lost", HOSTS)
 def test_a_machine_that_loses_its_network_ends_the_run(hosts, folder, lost):
-    """No process ends and no connection closes: to the others it looks like a machine without power."""
+    """No process ends and no connection closes, as when a machine loses power."""
     flags = ["--run", "lost", "--steps", "100000", "--checkpoint-every", "5", "--val-every", "0"]
     nodes = [torchrun(hosts[host], host, folder, *flags) for host in HOSTS]
     start = time.monotonic()
-    while not any(row.get("step", 0) > 20 for row in rows(folder, "lost")):
+    while not any(row.get("step", 0) > 20 for row in ranks.metrics(folder, "lost")):
         assert [node.poll() for node in nodes] == [None, None], (folder / "a.txt").read_text()
         assert time.monotonic() < start + HANG, (folder / "a.txt").read_text()
         time.sleep(0.2)
@@ -107,5 +101,5 @@ def test_a_machine_that_loses_its_network_ends_the_run(hosts, folder, lost):
         assert time.monotonic() < cut + HANG
         time.sleep(0.2)
     said = (folder / f"{left}.txt").read_text()
-    assert "is gone without a word" in said if lost == "b" else "the others cannot be reached" in said
-    assert checkpoint.list_checkpoints(folder / "out/lost/checkpoints")
+    assert "disappeared without an error" in said if lost == "b" else "the other ranks cannot be reached" in said
+    assert ranks.newest(folder, "lost").is_dir()

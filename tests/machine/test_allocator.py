@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep freed memory: in a process of its own, since it cannot be told to forget that."""
+"""keep_freed_memory: in a separate process, since the setting cannot be undone."""
 
 import platform
 
@@ -11,6 +11,6 @@ print(device.keep_freed_memory())
 """
 
 
-def test_allocator_settings_are_taken_by_glibc_only(run_python):
+def test_only_glibc_accepts_the_allocator_settings(run_python):
     glibc = platform.libc_ver()[0] == "glibc"
     assert run_python("-c", CODE, check=True).stdout.split() == [str(glibc), "False"]

@@ -1,4 +1,4 @@
-"""Threads: no more than this process may keep busy."""
+"""Devices, precisions, and threads limited to the container's quota."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from gpt2fast.machine import device
 
 @pytest.fixture
 def threads(monkeypatch):
-    """What torch was told; it has 8."""
+    """The calls of torch.set_num_threads; torch has 8 threads before."""
     told = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(device.torch, "get_num_threads", lambda: 8)
@@ -45,20 +45,20 @@ def test_a_containers_quota_bounds_the_threads(files, quota, tmp_path, threads):
     assert threads == ([] if quota is None else [max(1, round(quota))])
 
 
-def test_more_than_torch_would_take_is_not_taken(tmp_path, threads):
+def test_a_quota_above_torchs_threads_changes_nothing(tmp_path, threads):
     write(tmp_path, {"cpu.max": "6400000 100000"})
     device.use_allowed_cores(tmp_path)
     assert threads == [8]
 
 
-def test_what_the_user_says_stays(tmp_path, threads, monkeypatch):
+def test_the_users_omp_num_threads_is_kept(tmp_path, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     write(tmp_path, {"cpu.max": "200000 100000"})
     device.use_allowed_cores(tmp_path)
     assert threads == []
 
 
-def test_here():
+def test_the_quota_of_this_machine_is_read():
     before = torch.get_num_threads()
     device.use_allowed_cores()
     assert 1 <= torch.get_num_threads() <= before
@@ -91,7 +91,7 @@ def test_precision_on_cuda(monkeypatch, capability, precision):
             device.pick_precision("bf16", cuda)
 
 
-def test_what_is_interpreted_runs_in_fp32():
+def test_interpreted_kernels_run_in_fp32():
     cpu = torch.device("cpu")
     assert device.pick_precision("auto", cpu, interpreted=True) == "fp32"
     assert device.pick_precision("fp32", cpu, interpreted=True) == "fp32"
@@ -102,8 +102,8 @@ def test_what_is_interpreted_runs_in_fp32():
 
 
 @pytest.mark.parametrize("limit", [{"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "default"}], ids=str)
-def test_auto_is_fp32_where_torch_is_told_to_do_without_bf16(fresh_python, limit):
-    """By variables that are read once. In bf16 a step of nano takes minutes with the one, and fails with the other."""
+def test_auto_is_fp32_where_a_variable_turns_bf16_instructions_off(fresh_python, limit):
+    """torch reads the variables once. A bf16 step of nano takes minutes with the first, and fails with the second."""
     code = (
         "import torch; from gpt2fast.machine.device import pick_precision as p; print(p('auto', torch.device('cpu')))"
     )

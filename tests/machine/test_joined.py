@@ -1,6 +1,5 @@
-"""How ranks begin and end together: whoever ends ends all, and its cause is said."""
+"""How ranks start and end together: a rank that ends ends all of them, and its cause is printed."""
 
-import json
 import os
 import signal
 import time
@@ -18,35 +17,9 @@ from tests.tools.programs import HANG
 pytest.importorskip("tyro", reason="needs tyro for the command line")
 pytestmark = pytest.mark.skipif(CUDA, reason="gloo on CPUs; on a machine with GPUs torchrun would take those")
 FEW = [2, pytest.param(3, marks=pytest.mark.long)]  # ranks
-FOUR = [*tiny.FLAGS, "--total-batch", "128", "--steps", "8", "--grad-clip", "0.5"]  # 4 micro-batches of 2 x 16
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the data is, in several shards, and the runs of one process that others are compared with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    tiny.write_data(folder / "data", n=700)
-    tiny.write_data(folder / "more", n=530, seed=1)
-    os.rename(folder / "more/train.bin", folder / "data/train_2.bin")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    """Rows of metrics.jsonl of the run of one process."""
-    ranks.run(program.main, 1, folder, [*FOUR, "--run", "alone"])
-    return rows(folder, "alone")
-
-
-def rows(folder, run):
-    return [json.loads(line) for line in (folder / "out" / run / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(folder, run):
-    return checkpoint.list_checkpoints(folder / "out" / run / "checkpoints")[-1][1]
-
-
-# ---- one that ends ends all ----
+# ---- a rank that ends ends all ----
 LONG = [
     *tiny.FLAGS,
     "--total-batch",
@@ -63,7 +36,7 @@ LONG = [
 
 
 def wait_for_step(folder, run, step, started):
-    """Until rank 0 has written that step's row."""
+    """Wait until rank 0 has written that step's row."""
     path, (first, *_) = folder / "out" / run / "metrics.jsonl", started
     start = time.monotonic()
     while not (path.exists() and f'"step": {step},' in path.read_text()):
@@ -74,7 +47,7 @@ def wait_for_step(folder, run, step, started):
 
 @pytest.mark.parametrize("size", FEW)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_all_and_is_named(folder, victim, size):
+def test_a_killed_rank_ends_all_and_is_named(folder, victim, size):
     run = f"killed{victim}of{size}"
     started = ranks.start(program.main, size, folder, [*LONG, "--run", run], name=run)
     wait_for_step(folder, run, 3, started)
@@ -83,17 +56,20 @@ def test_a_rank_that_is_killed_ends_all_and_is_named(folder, victim, size):
     assert codes[victim] == -signal.SIGKILL
     assert {code for i, code in enumerate(codes) if i != victim} == {1}
     first, *others = (rank.text for i, rank in enumerate(started) if i != victim)
-    assert f"error: rank {1 if victim == 0 else 0}: rank {victim} is gone without a word: killed" in first
+    assert f"error: rank {1 if victim == 0 else 0}: rank {victim} disappeared without an error: killed" in first
     assert not [text for text in others if "error" in text]
 
 
 @pytest.mark.parametrize("size", FEW)
-def test_a_rank_that_fails_ends_all_and_its_cause_is_said(folder, size):
+def test_a_rank_that_fails_ends_all_and_its_cause_is_printed(folder, size):
     run = f"fails{size}"
     started = ranks.start(fails_on_rank_1, size, folder, [*LONG, "--run", run], name=run)
     assert [rank.end() for rank in started] == [1] * size
     assert "error: rank 1: the disk of rank 1 is broken" in started[1].text
-    assert "error: rank 0: rank 1 ended the run: the disk of rank 1 is broken; what was saved" in started[0].text
+    assert (
+        "error: rank 0: rank 1 ended the run: the disk of rank 1 is broken; the saved checkpoints are"
+        in started[0].text
+    )
     assert {rank.text for rank in started[2:]} <= {""}
 
 
@@ -119,7 +95,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(folder, number):
     started[1].process.send_signal(number)
     started[1].process.send_signal(number)  # once from the terminal, once from torchrun
     assert [rank.end() for rank in started] == [128 + number] * 2, started[0].text + started[1].text
-    assert checkpoint.read_state(newest(folder, run))["step"] == rows(folder, run)[-1]["step"]
+    assert checkpoint.read_state(ranks.newest(folder, run))["step"] == ranks.metrics(folder, run)[-1]["step"]
 
 
 # ---- refusals ----
@@ -127,22 +103,25 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(folder, number):
     ("flags", "message"),
     [
         (["--total-batch", "96"], "96 is 3 micro-batches of B*T = 2*16, and 2 processes cannot share them evenly"),
-        (["--device", "cuda:1"], "--device cuda:1 with 2 processes: use cuda, of which each takes its own, or cpu"),
-        (["--device", "cuda"], "this machine runs more processes than it has GPUs, of which torch sees 0"),
+        (
+            ["--device", "cuda:1"],
+            "--device cuda:1 with 2 processes: use cuda, where each process takes one GPU, or cpu",
+        ),
+        (["--device", "cuda"], "this machine runs more processes than torch sees GPUs (0)"),
         (["--nonsense"], "nonsense"),
     ],
     ids=["not divisible", "one GPU", "no GPU", "unknown flag"],
 )
-def test_what_is_wrong_on_every_rank_is_said_once(folder, flags, message):
-    started = ranks.start(program.main, 2, folder, [*FOUR, "--run", "refused", *flags], name="refused")
+def test_an_error_of_every_rank_is_printed_once(folder, flags, message):
+    started = ranks.start(program.main, 2, folder, [*ranks.FLAGS, "--run", "refused", *flags], name="refused")
     assert [rank.end() for rank in started] == [2, 2]
-    assert message.split() <= started[0].text.split() or message in " ".join(started[0].text.split())
+    assert message in " ".join(started[0].text.split())
     assert started[1].text == ""
     assert not (folder / "out/refused").exists()
 
 
-def test_ranks_that_see_different_things_are_refused(folder):
-    started = ranks.start(other_seed_on_rank_1, 2, folder, [*FOUR, "--run", "different"], name="different")
+def test_ranks_with_different_settings_are_refused(folder):
+    started = ranks.start(other_seed_on_rank_1, 2, folder, [*ranks.FLAGS, "--run", "different"], name="different")
     assert [rank.end() for rank in started] == [2, 2]
     assert "rank 1 has seed 7, and rank 0 1337: every process must see the same files" in started[0].text
     assert not (folder / "out/different").exists()
@@ -152,13 +131,13 @@ def other_seed_on_rank_1(flags):
     return program.main([*flags, "--seed", "7"] if os.environ["RANK"] == "1" else flags)
 
 
-def test_a_run_that_is_in_use_is_refused_on_all_ranks(folder, alone):
-    started = ranks.start(program.main, 2, folder, [*FOUR, "--run", "alone"], name="again")
+def test_a_run_that_exists_is_refused_on_all_ranks(folder, alone):
+    started = ranks.start(program.main, 2, folder, [*ranks.FLAGS, "--run", "alone"], name="again")
     assert [rank.end() for rank in started] == [2, 1]
     assert "already holds a run: continue it with --resume" in started[0].text
 
 
-def test_a_world_that_does_not_come_together(monkeypatch):
+def test_processes_that_cannot_connect_are_a_user_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""TCP connections of this process: hosts that are gone are noticed, and others notice that this one is."""
+"""TCP connections of this process: a lost host is detected, and other ranks detect that this one ends."""
 
 import sys
 
@@ -27,5 +27,5 @@ print(store[1].recv(1))
 """
 
 
-def test_all_connections_are_watched_and_all_but_the_stores_are_shut(run_python):
+def test_all_connections_get_keepalive_and_all_but_the_stores_are_shut_down(run_python):
     assert run_python("-c", CODE, check=True).stdout.splitlines() == ["[1, 1, 1, 1]", "30000", "b''", "b'x'"]

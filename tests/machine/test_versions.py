@@ -1,4 +1,4 @@
-"""The record of the machine that goes beside every number."""
+"""The record of versions and hardware that is kept with every number."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import subprocess
 from gpt2fast.machine import versions
 
 
-def test_the_record_is_plain_json_and_knows_the_commit():
+def test_the_record_is_plain_json_and_has_the_commit():
     record = versions.record()
     assert json.loads(json.dumps(record)) == record
     root = versions.Path(versions.__file__).parent.parent
@@ -15,6 +15,11 @@ def test_the_record_is_plain_json_and_knows_the_commit():
         assert record["commit"] == (head.stdout.strip() or None)
 
 
-def test_a_copy_that_is_no_checkout_has_no_commit(tmp_path, monkeypatch):
+def test_a_copy_outside_a_checkout_has_no_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "__file__", str(tmp_path / "gpt2fast" / "machine.py"))
     assert versions.record()["commit"] is None
+
+
+def test_a_package_has_a_version_or_none():
+    assert versions.installed("torch")
+    assert versions.installed("not-a-package") is None

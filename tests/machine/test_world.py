@@ -1,10 +1,10 @@
-"""Many processes: the same tokens, the same losses, the same files as one; and one that ends ends all, with its cause.
+"""Several processes: the same tokens, losses and files as one process.
 
-"The same" is within fp32's summation order, for gradients are added in another; with ZeRO-1 it is bit for bit.
+"The same" allows for fp32's summation order, since gradients are added in another order; with ZeRO-1 it is bit for bit
+what several processes give without it.
 """
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from gpt2fast.files.atomic import write_atomic
 from gpt2fast.machine.joined import joined
 from gpt2fast.machine.world import World, unwrapped
 from gpt2fast.training import config
-from gpt2fast.weights import checkpoint
 from tests.tools import ranks, tiny
 from tests.tools.gpu import CUDA
 
@@ -24,34 +23,12 @@ pytest.importorskip("tyro", reason="needs tyro for the command line")
 pytestmark = pytest.mark.skipif(CUDA, reason="gloo on CPUs; on a machine with GPUs torchrun would take those")
 FEW = [2, pytest.param(3, marks=pytest.mark.long)]  # ranks
 WORDS = ["--model.vocab-size", "50257"]
-FOUR = [*tiny.FLAGS, "--total-batch", "128", "--steps", "8", "--grad-clip", "0.5"]  # 4 micro-batches of 2 x 16
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the data is, in several shards, and the runs of one process that others are compared with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    tiny.write_data(folder / "data", n=700)
-    tiny.write_data(folder / "more", n=530, seed=1)
-    os.rename(folder / "more/train.bin", folder / "data/train_2.bin")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    """Rows of metrics.jsonl of the run of one process."""
-    ranks.run(program.main, 1, folder, [*FOUR, "--run", "alone"])
-    return rows(folder, "alone")
 
 
 @pytest.fixture(scope="module")
 def worded(folder):
-    """The same with GPT-2's vocabulary, for what reads or writes text."""
-    ranks.run(program.main, 1, folder, [*FOUR, *WORDS, "--steps", "2", "--run", "worded"])
-
-
-def rows(folder, run):
-    return [json.loads(line) for line in (folder / "out" / run / "metrics.jsonl").read_text().splitlines()]
+    """A run with GPT-2's vocabulary, for tests that read or write text."""
+    ranks.run(program.main, 1, folder, [*ranks.FLAGS, *WORDS, "--steps", "2", "--run", "worded"])
 
 
 def numbers(rows, *names):
@@ -59,44 +36,43 @@ def numbers(rows, *names):
 
 
 def assert_same_run(got, expected):
-    """Losses, norms, validation losses: within 4 of fp32's units, since sums are made in another order."""
+    """Losses, norms and validation losses agree within 4 of fp32's units, since sums are taken in another order."""
     names = ("loss", "grad_norm", "val_loss", "tokens")
     assert [sorted(row) for row in got] == [sorted(row) for row in expected]
     np.testing.assert_allclose(numbers(got, *names), numbers(expected, *names), rtol=2**-21)
 
 
-def newest(folder, run):
-    return checkpoint.list_checkpoints(folder / "out" / run / "checkpoints")[-1][1]
-
-
 def tensors(folder, run):
-    return [(newest(folder, run) / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
+    return [(ranks.newest(folder, run) / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
 
 
 # ---- the same as one process ----
 @pytest.fixture(scope="module")
 def two(folder):
-    """The same run on two ranks, that have ended."""
-    return ranks.run(program.main, 2, folder, [*FOUR, "--run", "ranks2"], name="ranks2_")
+    """The same run on two ranks, which have ended."""
+    return ranks.run(program.main, 2, folder, [*ranks.FLAGS, "--run", "ranks2"], name="ranks2_")
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_ranks_get_the_losses_of_one_process_with_as_much_accumulation(folder, alone, two, size):
-    ended = two if size == 2 else ranks.run(program.main, 4, folder, [*FOUR, "--run", "ranks4"], name="ranks4_")
-    assert_same_run(rows(folder, f"ranks{size}"), alone)
+def test_ranks_get_the_losses_of_one_process_with_the_same_total_batch(folder, alone, two, size):
+    ended = two if size == 2 else ranks.run(program.main, 4, folder, [*ranks.FLAGS, "--run", "ranks4"], name="ranks4_")
+    assert_same_run(ranks.metrics(folder, f"ranks{size}"), alone)
     first, *others = [rank.text for rank in ended]
     assert f"step            128 tokens = {size} processes x {4 // size} x B 2 x T 16".split() == next(
         line.split() for line in first.splitlines() if line.startswith("step ") and "tokens" in line
     )
-    assert others == [""] * (size - 1)  # rank 0 alone speaks
+    assert others == [""] * (size - 1)  # only rank 0 prints
     recorded = json.loads((folder / f"out/ranks{size}/config.json").read_text())
     assert recorded["resolved"]["ranks"] == size
 
 
 def test_zero_gives_the_same_bits(folder, two):
-    ranks.run(program.main, 2, folder, [*FOUR, "--run", "zero", "--zero"], name="zero")
+    ranks.run(program.main, 2, folder, [*ranks.FLAGS, "--run", "zero", "--zero"], name="zero")
     assert tensors(folder, "ranks2") == tensors(folder, "zero")
-    assert numbers(rows(folder, "ranks2"), "loss").tolist() == numbers(rows(folder, "zero"), "loss").tolist()
+    assert (
+        numbers(ranks.metrics(folder, "ranks2"), "loss").tolist()
+        == numbers(ranks.metrics(folder, "zero"), "loss").tolist()
+    )
 
 
 SMALL = ["--total-batch", "128", "--steps", "2", "--warmup", "1", "--val-every", "0", "--checkpoint-every", "0"]
@@ -105,13 +81,13 @@ SMALL = ["--total-batch", "128", "--steps", "2", "--warmup", "1", "--val-every",
 @pytest.mark.kernel
 @pytest.mark.long
 def test_interpreted_kernels_get_the_losses_of_one_process(folder):
-    """All of ours, AdamW included, with ZeRO-1 in the last."""
+    """All of our kernels, AdamW included, and ZeRO-1 in the last run."""
     flags = [*tiny.FLAGS, *SMALL, "--backend", "triton", "--optimizer", "triton"]
     flags += ["--model.n-head", "1", "--model.vocab-size", "256"]
     for size, run, more in ((1, "kernels1", []), (2, "kernels2", []), (4, "kernels4", ["--zero"])):
         ranks.run(interpreted, size, folder, [*flags, *more, "--run", run], name=run, interpret=True)
-    assert_same_run(rows(folder, "kernels2"), rows(folder, "kernels1"))
-    assert_same_run(rows(folder, "kernels4"), rows(folder, "kernels1"))
+    assert_same_run(ranks.metrics(folder, "kernels2"), ranks.metrics(folder, "kernels1"))
+    assert_same_run(ranks.metrics(folder, "kernels4"), ranks.metrics(folder, "kernels1"))
 
 
 def interpreted(flags):
@@ -122,37 +98,48 @@ def interpreted(flags):
 
 
 def test_bf16_compiled_blocks_and_recomputing(folder):
-    """What does not share the fp32 path: autocast without rounded copies, and hooks under checkpointing."""
-    flags = [*FOUR, "--precision", "bf16", "--recompute"]
+    """Paths that fp32 does not take: autocast without rounded copies, and hooks under activation checkpointing."""
+    flags = [*ranks.FLAGS, "--precision", "bf16", "--recompute"]
     for size, run in ((1, "low1"), (2, "low2")):
         ranks.run(program.main, size, folder, [*flags, "--run", run], name=run)
-    got, expected = (numbers(rows(folder, run), "loss") for run in ("low2", "low1"))
+    got, expected = (numbers(ranks.metrics(folder, run), "loss") for run in ("low2", "low1"))
     np.testing.assert_allclose(got, expected, rtol=2**-8)
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [pytest.param(4, 1, marks=pytest.mark.long), (2, 1), (1, 2)])
-def test_saved_on_n_ranks_a_run_resumes_on_m(folder, alone, saved, resumed):
+def test_a_run_saved_on_n_ranks_resumes_on_m(folder, alone, saved, resumed):
     run = f"from{saved}to{resumed}"
-    flags = ["--zero"] if saved > 1 else []  # which one process has no use for, and need not be told
-    ranks.run(program.main, saved, folder, [*FOUR, *flags, "--run", run, "--stop-at", "5"], name=run + "a")
+    flags = ["--zero"] if saved > 1 else []  # one process does not need the flag
+    ranks.run(program.main, saved, folder, [*ranks.FLAGS, *flags, "--run", run, "--stop-at", "5"], name=run + "a")
     first, *_ = ranks.run(program.main, resumed, folder, ["--resume", "--run", run], name=run + "b")
     assert f"changed: processes was {saved} and is {resumed}" in first.text
-    assert_same_run(rows(folder, run), alone)
+    assert_same_run(ranks.metrics(folder, run), alone)
 
 
 # ---- validation, samples, evaluation ----
 def test_validation_of_a_whole_split_and_samples_are_shared(folder):
-    flags = [*FOUR, *WORDS, "--val-batches", "0", "--sample-every", "8", "--sample-tokens", "5", "--samples", "3"]
+    flags = [
+        *ranks.FLAGS,
+        *WORDS,
+        "--val-batches",
+        "0",
+        "--sample-every",
+        "8",
+        "--sample-tokens",
+        "5",
+        "--samples",
+        "3",
+    ]
     for size, run in ((1, "events1"), (2, "events2")):
         ranks.run(program.main, size, folder, [*flags, "--run", run], name=run)
-    assert_same_run(rows(folder, "events2"), rows(folder, "events1"))
-    texts = [row["sample"] for row in rows(folder, "events2") if "sample" in row]
+    assert_same_run(ranks.metrics(folder, "events2"), ranks.metrics(folder, "events1"))
+    texts = [row["sample"] for row in ranks.metrics(folder, "events2") if "sample" in row]
     assert len(set(texts)) == 3
-    assert texts == [row["sample"] for row in rows(folder, "events1") if "sample" in row]
+    assert texts == [row["sample"] for row in ranks.metrics(folder, "events1") if "sample" in row]
 
 
-def judged(flags, file):
-    """evaluate, and what it found, in a file."""
+def evaluated(flags, file):
+    """Run evaluate, and write its results to a file."""
     with joined() as world:
         found = evaluate.evaluate(evaluate.EvaluateConfig(**flags), world)
         if world.main:
@@ -167,7 +154,7 @@ def test_evaluate_shares_the_split_and_hellaswag(folder, worded, size):
     flags = {"source": "out/worded", "from_": examples, "batch_size": 3, "seq_len": 10}
     found = {}
     for n in (1, size):
-        ranks.run(judged, n, folder, flags, folder / f"{n}.json", name=f"judged{n}_")
+        ranks.run(evaluated, n, folder, flags, folder / f"{n}.json", name=f"evaluated{n}_")
         found[n] = json.loads((folder / f"{n}.json").read_text())
     for name in ("tokens", "whole_split", "hellaswag"):
         assert found[size][name] == found[1][name]
@@ -186,7 +173,7 @@ def test_sample_shares_the_texts(folder, worded):
 
 
 # ---- the parts ----
-def test_one_process_is_a_world_in_which_nothing_happens():
+def test_collectives_of_one_process_return_their_arguments():
     world, x = World(), torch.tensor(3.0)
     world.mean_(x)
     module = torch.nn.Linear(2, 2)
@@ -229,7 +216,7 @@ def collectives():
 
 
 def test_ddp_adds_into_its_buckets(folder):
-    """Gradients lie in DDP's buckets, and the next step adds to them there: no copy is made."""
+    """Gradients are views into DDP's buckets, and the next step adds to them in place: no copy is made."""
     ranks.run(buckets, 2, folder, name="buckets")
 
 
@@ -244,7 +231,7 @@ def buckets():
         model = GPT(tiny.MODEL, build(OpsConfig(), "cpu"), 1)
         step = TrainingStep(model, optim.adamw(model, 0.1), precision="fp32", accumulation=2, world=world)
         tokens = torch.randint(100, (2, 2, 17))
-        for _ in range(2):  # after the first, DDP orders its buckets anew
+        for _ in range(2):  # DDP reorders its buckets after the first
             step(iter([(x[:, :-1], x[:, 1:]) for x in tokens]), 1e-2)
         places = [p.grad.data_ptr() for p in model.parameters()]
         assert all(p.grad.count_nonzero() == 0 for p in model.parameters())

@@ -162,7 +162,7 @@ def test_deterministic_is_refused_where_ops_are_picked_by_time(tmp_path):
 
 
 def test_deterministic_is_refused_where_torch_has_no_such_gradient():
-    with pytest.raises(UserError, match="no such gradient on MPS"):
+    with pytest.raises(UserError, match="no deterministic gradient on MPS"):
         device.set_deterministic(torch.device("mps"), True)
     device.set_deterministic(torch.device("mps"), False)
 
