@@ -1,14 +1,14 @@
-"""`--backend auto`: of each op the implementation that is fastest on this GPU, at this run's sizes and precision.
+"""`--backend auto`: the implementation of each op that is fastest on this GPU, at this run's sizes and precision.
 
-    candidates   torch; triton, and of mlp epilogue, where they can be built; compiled, unless the whole step is
+    candidates   torch; triton, and for mlp epilogue, where they can be built; compiled, unless the whole step is
     measured     verified and timed, forward + backward (measure.py)
-    chosen       the fastest, but torch unless it is beaten by more than NOISE
+    chosen       the fastest, but torch unless another is faster by more than NOISE
 
-An op that --ops names is neither measured nor changed. Elsewhere than on CUDA torch is the only candidate, and nothing
-is measured. Times are kept in the user's cache directory, by device, sizes, precision, versions and sources.
+An op that --ops names is neither measured nor changed. On devices other than CUDA torch is the only candidate, and
+nothing is measured. Times are kept in the user's cache directory, by device, sizes, precision, versions and sources.
 
 So the sum over ops is at most that of torch alone or triton alone, within NOISE. In a compiled step each candidate is
-compiled by itself, and there the sum is an estimate: torch.compile may fuse an op of torch's with what is around it.
+compiled by itself, and the sum is an estimate: torch.compile may fuse a torch op with its neighbours.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ from gpt2fast.machine.versions import installed
 from gpt2fast.measure import Result, Workload, measure_op
 from gpt2fast.ops import NAMES, OpsConfig
 
-NOISE = 0.02  # of a median: who is faster by less is not faster
-KEPT = 100  # entries of the cache, the newest
+NOISE = 0.02  # relative, of a median: smaller differences do not count
+KEPT = 100  # entries that the cache keeps, the newest ones
 
 Times = dict[str, dict[str, float]]  # op -> candidate -> milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """An implementation for every op, and the results of those ops that were measured."""
+    """An implementation for every op, and the results of the ops that were measured."""
 
     ops: OpsConfig
     results: dict[str, dict[str, Result]]
@@ -57,7 +57,10 @@ def choose(
     candidates: Mapping[str, Sequence[str]],
     measure: Callable[[str, Sequence[str]], dict[str, Result]],
 ) -> Choice:
-    """Fill what `config` leaves open. measure(op, candidates) times them together; one candidate is not measured."""
+    """Choose an implementation for each op that is None in `config`.
+
+    measure(op, candidates) times all of an op's candidates together; an op with one candidate is not measured.
+    """
     chosen: dict = {}
     results: dict[str, dict[str, Result]] = {}
     for op, given in asdict(config).items():
@@ -68,14 +71,14 @@ def choose(
 
 
 def fastest(results: Mapping[str, Result]) -> str:
-    """The least time; torch's if it is not beaten by more than NOISE."""
+    """Return the fastest implementation, or torch unless another is faster by more than NOISE."""
     times = {name: ms for name, ms in results.items() if not isinstance(ms, str)}
     best = min(times, key=times.__getitem__)
     return best if times[best] < (1 - NOISE) * times["torch"] else "torch"
 
 
 def pick(config: OpsConfig, work: Workload, device: torch.device, say: Callable[[str], None] = print) -> Choice:
-    """Choose by what the cache holds, and measure what it does not; `say` is told what is done and what goes wrong."""
+    """Choose by cached times, and measure what is not cached; `say` receives progress and warnings."""
     found = candidates(work, device, say)
     several = any(given is None and len(found[op]) > 1 for op, given in asdict(config).items())
     key, cache = (cache_key(work, environment(device)), load_cache(say)) if several else ("", {})
@@ -90,7 +93,7 @@ def pick(config: OpsConfig, work: Workload, device: torch.device, say: Callable[
         new[op] = measure_op(op, names, work, device)
         for name, result in new[op].items():
             if isinstance(result, str):
-                say(f"note: {op}: {name} is not taken: {result}")
+                say(f"note: {op}: {name} is not used: {result}")
         return new[op]
 
     choice = choose(config, found, measure)
@@ -102,12 +105,15 @@ def pick(config: OpsConfig, work: Workload, device: torch.device, say: Callable[
         cache.pop(key, None)
         save_cache(cache | {key: known | whole}, say)
     if new and device.type == "cuda":
-        torch.cuda.empty_cache()  # the model gets memory in one piece
+        torch.cuda.empty_cache()  # so that the model gets contiguous memory
     return choice
 
 
 def recall(config: OpsConfig, chosen: Mapping[str, str], device: str) -> OpsConfig | None:
-    """Fill what `config` leaves open by an earlier choice; None where that cannot be built, or would be interpreted."""
+    """Fill the ops that are None in `config` from an earlier choice.
+
+    None if the result cannot be built here, or if the earlier choice would run in Triton's interpreter.
+    """
     earlier: dict = {op: chosen.get(op, "torch") for op, given in asdict(config).items() if given is None}
     filled = replace(config, **earlier)
     try:
@@ -118,7 +124,7 @@ def recall(config: OpsConfig, chosen: Mapping[str, str], device: str) -> OpsConf
 
 
 def candidates(work: Workload, device: torch.device, say: Callable[[str], None]) -> dict[str, list[str]]:
-    """Who may compute each op, torch first."""
+    """Return the implementations that can compute each op, torch first."""
     found: dict[str, list[str]] = {op: ["torch"] for op in NAMES}
     if device.type != "cuda":
         return found
@@ -140,7 +146,7 @@ def candidates(work: Workload, device: torch.device, say: Callable[[str], None])
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What else times depend on."""
+    """Return what times depend on beside the workload."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else ()
     return {
         "device": device_name(device),
@@ -153,19 +159,19 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def cache_key(work: Workload, environment: Mapping[str, str]) -> str:
-    """One line that a person can read."""
+    """Return the key of the cache's entry, one readable line."""
     return ", ".join(f"{name} {value}" for name, value in ({**environment, **asdict(work)}).items())
 
 
 def cache_file() -> Path:
-    """RuntimeError where the user has no home."""
+    """Return the path of the cache. RuntimeError if the user has no home directory."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"  # XDG: a relative one is ignored
     return folder / "gpt2fast" / "auto.json"
 
 
 def load_cache(say: Callable[[str], None]) -> dict[str, Times]:
-    """Every entry by its key; empty where there is no file, or none that can be trusted as a whole."""
+    """Return every entry by its key; none if there is no file, or if any part of it is damaged."""
     try:
         entries = json.loads(cache_file().read_text())
         if fault := _fault(entries):
@@ -173,7 +179,7 @@ def load_cache(say: Callable[[str], None]) -> dict[str, Times]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        say(f"note: {cache_file()} is damaged and is written anew ({describe_error(error)})")
+        say(f"note: {cache_file()} is damaged and will be replaced ({describe_error(error)})")
         return {}
     except (OSError, RuntimeError) as error:
         say(f"note: the cache of --backend auto cannot be read ({describe_error(error)}): the ops are measured again")
@@ -182,7 +188,7 @@ def load_cache(say: Callable[[str], None]) -> dict[str, Times]:
 
 
 def save_cache(entries: dict[str, Times], say: Callable[[str], None]) -> None:
-    """The newest KEPT of them. A run goes on without."""
+    """Write the newest KEPT entries. A file that cannot be written is a warning and does not end the run."""
     newest = dict(list(entries.items())[-KEPT:])
     try:
         path = cache_file()
@@ -196,21 +202,21 @@ def save_cache(entries: dict[str, Times], say: Callable[[str], None]) -> None:
 
 
 def _fault(entries: object) -> str:
-    """What is wrong with the cache's content, "" if nothing is."""
+    """Return what is wrong with the cache's content, "" if nothing is."""
     if not isinstance(entries, dict):
-        return f"it holds a {type(entries).__name__}"
+        return f"it contains a {type(entries).__name__}, not a dict"
     for key, measured in entries.items():
         if not isinstance(measured, dict) or not all(isinstance(times, dict) for times in measured.values()):
-            return f"no times are under {key!r}"
+            return f"{key!r} has no times"
         for op, times in measured.items():
             for name, ms in times.items():
                 if type(ms) not in (int, float) or not 0 < ms < math.inf:
-                    return f"{op} takes {name} {ms!r} ms"
+                    return f"the time of {name} for {op} is {ms!r} ms"
     return ""
 
 
 def _sources() -> list[Path]:
-    """The files that times depend on: the kernels, wherever gpt2fast/kernels.py finds them, and what measures them."""
+    """Return the files that times depend on: the kernels, where gpt2fast/kernels.py finds them, and this module's."""
     here = Path(__file__).resolve().parent
     folders = (here / "kernels", here.parent / "kernels")
     kernels = next((sorted(folder.glob("*.py")) for folder in folders if (folder / "registration.py").is_file()), [])

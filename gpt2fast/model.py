@@ -5,11 +5,11 @@
     logits = layer_norm(x) wte^T
 
 Radford et al. 2019: pre-LayerNorm (eps 1e-5), tanh-GELU, biases everywhere, learned positions, a final LayerNorm, a
-head that is the token embedding itself. No dropout: one epoch of pre-training has nothing to regularise. Parameters
-carry the names of OpenAI's checkpoint; weights are (out, in), as in torch.nn.Linear.
+head that shares the token embedding. No dropout: one epoch of pre-training needs no regularisation. Parameters have the
+names of OpenAI's checkpoint; weights are (out, in), as in torch.nn.Linear.
 
-The residual add and the LayerNorm behind it are one op, so a block receives the stream and its normalised view, and
-hands both on: the LayerNorm at a block's end belongs to the next block, or is ln_f.
+The residual add and the LayerNorm after it are one op. So a block receives the residual stream x and its LayerNorm h,
+and returns both for the next block: its last add_layer_norm uses the next block's ln_1, or ln_f.
 
 Shapes: B batch, T positions, C = n_embd, H = n_head, V = vocabulary.
 """
@@ -26,8 +26,8 @@ from gpt2fast.errors import UserError
 from gpt2fast.ops import Ops
 from gpt2fast.reference import compute_dtype
 
-Residual = Literal["fp32", "low"]  # low: autocast's
-Attend = Callable[[Tensor, int], Tensor]  # in the place of ops.attention
+Residual = Literal["fp32", "low"]  # low: autocast's dtype
+Attend = Callable[[Tensor, int], Tensor]  # replaces ops.attention
 VOCAB_SIZE = 50257
 EPS = 1e-5
 INIT_STD = 0.02
@@ -38,26 +38,29 @@ class GPTConfig:
     """The shape of the model."""
 
     n_layer: int = 12
-    """Blocks."""
+    """Number of blocks."""
     n_head: int = 12
-    """Attention heads; divides n_embd."""
+    """Number of attention heads; must divide n_embd."""
     n_embd: int = 768
     """Width of the residual stream."""
     block_size: int = 1024
-    """Longest sequence: how many positions are learned."""
+    """Number of learned positions, the longest sequence."""
     vocab_size: int = VOCAB_SIZE
-    """Tokens."""
+    """Number of tokens in the vocabulary."""
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}: heads must have equal width")
+            raise UserError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: heads must have equal width"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rounded up to 64 (50257 -> 50304): tensor cores want aligned rows, worth 10 to 25 ms of a 100 ms step."""
+        """vocab_size rounded up to a multiple of 64 (50257 -> 50304): aligned rows on tensor cores save 10 to 25% of a
+        step."""
         return -(-self.vocab_size // 64) * 64
 
 
@@ -71,7 +74,7 @@ SIZES = {
 
 
 class LayerNorm(nn.Module):
-    """Holds weight and bias (C,); an op applies them."""
+    """The weight and bias (C,), which an op applies."""
 
     def __init__(self, n: int):
         super().__init__()
@@ -80,7 +83,7 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Holds weight (n, C); an op looks rows up."""
+    """The weight (n, C), whose rows an op looks up."""
 
     def __init__(self, n: int, n_embd: int):
         super().__init__()
@@ -88,7 +91,7 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """Holds weight (out, in) and bias (out,); an op applies them."""
+    """The weight (out, in) and bias (out,), which an op applies."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
@@ -131,20 +134,20 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(self, x: Tensor, h: Tensor, next_ln: LayerNorm, attend: Attend | None = None) -> tuple[Tensor, Tensor]:
-        """The stream x and h = ln_1(x), both (B, T, C) -> the new stream and next_ln of it."""
+        """Map the stream x and h = ln_1(x), both (B, T, C), to the new stream and next_ln of it."""
         add_layer_norm = self.ops.add_layer_norm
         x, h = add_layer_norm(x, self.attn(h, attend), self.ln_2.weight, self.ln_2.bias, EPS)
         return add_layer_norm(x, self.mlp(h), next_ln.weight, next_ln.bias, EPS)
 
 
 class GPT(nn.Module):
-    """GPT-2. `seed` fixes the initial weights, which are drawn on the CPU and so equal on every device.
+    """GPT-2. `seed` fixes the initial weights, which are drawn on the CPU and are therefore equal on every device.
 
-    The vocabulary is padded inside only: rows of `wte.weight` from `vocab_size` on are zero and stay zero, and
-    neither logits nor `state_dict` show them.
+    The vocabulary is padded internally: rows of `wte.weight` from `vocab_size` on are zero and stay zero, and appear
+    neither in logits nor in `state_dict`.
 
     `residual`: the dtype of the residual stream, all 2 n_layer + 1 sums of it: that of the weights, which are fp32, or
-    autocast's ("low"). `recompute`: in training a block keeps its two inputs only, and is computed again in backward.
+    autocast's ("low"). `recompute`: in training a block saves only its two inputs, and is computed again in backward.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class GPT(nn.Module):
                 drawn.normal_(0.0, std, generator=generator)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Tokens (B, T) -> logits (B, T, V), or with targets (B, T) the mean loss, fp32."""
+        """Map tokens (B, T) to logits (B, T, V), or with targets (B, T) to the mean loss, fp32."""
         h = self.hidden(idx)
         if targets is None:
             return self.logits(h)
@@ -182,34 +185,34 @@ class GPT(nn.Module):
         )
 
     def hidden(self, idx: Tensor, wpe: Tensor | None = None, attends: Sequence[Attend | None] | None = None) -> Tensor:
-        """Tokens (B, T) -> the final LayerNorm's output (B, T, C).
+        """Map tokens (B, T) to the final LayerNorm's output (B, T, C).
 
-        For writing text: `wpe` (T, C) are other positions than 0 to T - 1, `attends` what each block does in the place
-        of ops.attention.
+        For generation: `wpe` (T, C) are the embeddings of positions other than 0 to T - 1, and `attends` replaces
+        ops.attention in each block.
         """
         wte, wpe = self.wte.weight, self.wpe.weight if wpe is None else wpe
         if len(wpe) < idx.shape[1]:
-            raise UserError(f"{idx.shape[1]} positions are more than block_size {len(wpe)}: shorten the sequence")
-        # each add_layer_norm keeps this dtype: that of x + y
+            raise UserError(f"a sequence of {idx.shape[1]} tokens is longer than block_size {len(wpe)}: shorten it")
+        # each add_layer_norm keeps this dtype, since its sum has the dtype of x + y
         x = self.ops.embedding(wte, wpe, idx, compute_dtype(wte) if self.residual == "low" else wte.dtype)  # (B, T, C)
-        blocks: list[Block] = list(self.h)  # type: ignore[arg-type]  # torch's types know no list of blocks
+        blocks: list[Block] = list(self.h)  # type: ignore[arg-type]  # torch types ModuleList as Modules
         norms = [*(block.ln_1 for block in blocks), self.ln_f]
         h = self.ops.layer_norm(x, norms[0].weight, norms[0].bias, EPS)
         for block, next_ln, attend in zip(blocks, norms[1:], attends or [None] * len(blocks)):
             if self.recompute and torch.is_grad_enabled():
-                # nothing in a block is drawn at random
+                # no random numbers are drawn in a block
                 x, h = checkpoint(block, x, h, next_ln, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, h = block(x, h, next_ln, attend)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
-        """(..., C) -> (..., V)."""
+        """Map (..., C) to (..., V)."""
         return self.ops.linear(h, self.wte.weight)[..., : self.config.vocab_size]
 
 
 def parameter_count(model: GPT) -> int:
-    """Parameters as GPT-2 counts them: the tied head once, the padding not at all."""
+    """Return the number of parameters as GPT-2 counts them: the tied head once, without the padding."""
     padding = model.config.padded_vocab_size - model.config.vocab_size
     return sum(p.numel() for p in model.parameters()) - padding * model.config.n_embd
 

@@ -1,10 +1,10 @@
 """The seven functions that GPT-2 spends its time in, and the one place where their implementation is chosen.
 
 An implementation is a module that defines the seven names: `gpt2fast.reference` in plain PyTorch, `gpt2fast.cpu` in
-PyTorch arranged for a CPU ("torch" means it there), `gpt2fast.kernels` in Triton; of mlp there is a second one in
-Triton, `gpt2fast.kernels.epilogue`. `OpsConfig` says which, per op, in plain strings (for the command line, the
-checkpoint and the results); `build` turns it into an `Ops`, which the model is given. Nothing is patched, and nothing
-falls back silently.
+PyTorch arranged for a CPU (it is what "torch" means there), `gpt2fast.kernels` in Triton; mlp has a second one in
+Triton, `gpt2fast.kernels.epilogue`. `OpsConfig` names one for each op, in plain strings (for the command line, the
+checkpoint and the results); `build` turns it into an `Ops`, which is passed to the model. Nothing is patched, and
+nothing falls back silently.
 """
 
 import os
@@ -22,17 +22,17 @@ from torch import Tensor
 from gpt2fast import cpu, reference
 from gpt2fast.errors import UserError
 
-Implementation = Literal["torch", "compiled", "triton"]  # compiled: torch.compile of torch's, op by op
-MLPImplementation = Literal[Implementation, "epilogue"]  # epilogue: bias and GELU in Triton's own matmuls
+Implementation = Literal["torch", "compiled", "triton"]  # compiled: torch.compile of each torch op
+MLPImplementation = Literal[Implementation, "epilogue"]  # epilogue: bias and GELU in our Triton matmuls
 Backend = Literal["auto", "torch", "triton"]
-TRITON = "triton", "epilogue"  # what needs Triton
+TRITON = "triton", "epilogue"  # implementations that need Triton
 HEAD_DIMENSIONS = 16, 256  # of kernels/attention_forward.py
 MAX_WIDTH = 16384  # of kernels/layernorm.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpsConfig:
-    """Which implementation each op uses. None: the one that --backend names."""
+    """The implementation of each op. None: the one that --backend names."""
 
     embedding: Implementation | None = None
     """Token + position embedding."""
@@ -50,7 +50,7 @@ class OpsConfig:
     """Tied head + loss."""
 
     def with_backend(self, backend: Implementation | Backend) -> "OpsConfig":
-        """Every op that was left open takes `backend`; with "auto" it stays open, and auto.py chooses."""
+        """Set every op that is None to `backend`; with "auto" it stays None, and auto.py chooses."""
         if backend == "auto":
             return self
         return replace(self, **{op: backend for op, name in asdict(self).items() if name is None})
@@ -58,14 +58,14 @@ class OpsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """Seven pure functions, differentiable in every floating-point argument; `gpt2fast.reference` is what they mean.
+    """Seven pure functions, differentiable in every floating-point argument, and specified by `gpt2fast.reference`.
 
-    And what attention is to one new token: `cached_attention`, of the module that attention is of. It writes to the
-    cache and has no gradient.
+    `cached_attention` is attention for one new token, from the same module as `attention`. It writes to the cache and
+    has no gradient.
 
-    Dtypes: outputs have the compute dtype, which is autocast's where autocast is on and the input's elsewhere; that of
-    `embedding` has the dtype asked for, and the residual sum of `add_layer_norm` keeps what x + y promotes to;
-    statistics and losses are fp32.
+    Dtypes: outputs have the compute dtype, which is autocast's where autocast is on and the input's elsewhere; the
+    output of `embedding` has the dtype that its argument names, and the residual sum of `add_layer_norm` the one that
+    x + y promotes to; statistics and losses are fp32.
     """
 
     embedding: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
@@ -82,16 +82,16 @@ NAMES = tuple(field.name for field in fields(OpsConfig))
 
 
 def build(config: OpsConfig, device: str = "cpu") -> Ops:
-    """Look each op up in its module; torch's where it was left open.
+    """Look each op up in its module; torch's if it is None.
 
-    What is missing (Triton, a GPU, the op itself) is a UserError, at start-up.
+    UserError, at start-up, if Triton, a GPU or the op itself is missing.
     """
     chosen = asdict(config.with_backend("torch"))
     modules = {name: _implementation(name, device) for name in sorted(set(chosen.values()))}
     missing = [op for op, name in chosen.items() if not _has(modules[name], name, op)]
     if missing:
         raise UserError(
-            f"{chosen[missing[0]]} has no implementation of {', '.join(missing)}: take --ops.{missing[0]} torch"
+            f"{chosen[missing[0]]} has no implementation of {', '.join(missing)}: use --ops.{missing[0]} torch"
         )
     functions = {op: getattr(modules[name], op) for op, name in chosen.items()}
     functions = {op: _compiled(fn) if chosen[op] == "compiled" else fn for op, fn in functions.items()}
@@ -99,7 +99,10 @@ def build(config: OpsConfig, device: str = "cpu") -> Ops:
 
 
 def runnable(config: OpsConfig, device: str) -> tuple[OpsConfig, str]:
-    """`config` with torch in place of what cannot run on `device`; and which that is and why, "" if all can."""
+    """Return `config` with torch for the ops that cannot run on `device`, and a text that names them and the reason.
+
+    The text is "" if all ops can run.
+    """
     lost: dict = {}
     reasons = []
     for op, name in asdict(config.with_backend("torch")).items():
@@ -116,22 +119,22 @@ def runnable(config: OpsConfig, device: str) -> tuple[OpsConfig, str]:
 
 
 def check_sizes(config: OpsConfig, C: int, D: int) -> None:
-    """UserError if a kernel of `config` cannot take width C or head dimension D."""
+    """Raise UserError if a kernel of `config` does not support width C or head dimension D."""
     chosen = config.with_backend("torch")
     least, most = HEAD_DIMENSIONS
     if chosen.attention == "triton" and not least <= D <= most:
         raise UserError(
-            f"heads have n_embd / n_head = {D} dimensions, and triton's attention takes {least} to {most}: "
+            f"heads have n_embd / n_head = {D} dimensions, and triton's attention supports {least} to {most}: "
             "change --model.n-head, or use --ops.attention torch"
         )
     for name in ("layer_norm", "add_layer_norm"):
         if getattr(chosen, name) == "triton" and C > MAX_WIDTH:
             flag = f"--ops.{name.replace('_', '-')}"
-            raise UserError(f"n_embd is {C}, and triton's {name} takes at most {MAX_WIDTH}: use {flag} torch")
+            raise UserError(f"n_embd is {C}, and triton's {name} supports at most {MAX_WIDTH}: use {flag} torch")
 
 
 def kernels(device: str) -> ModuleType:
-    """gpt2fast.kernels, for what is no op: AdamW. UserError where they cannot run."""
+    """Return gpt2fast.kernels, for AdamW, which is not one of the ops. UserError if they cannot run on `device`."""
     return _implementation("triton", device, instead="--optimizer torch")
 
 
@@ -139,9 +142,11 @@ def _implementation(name: str, device: str, instead: str = "--backend torch") ->
     if name in ("torch", "compiled"):
         return cpu if torch.device(device).type == "cpu" else reference
     if name not in TRITON:
-        raise UserError(f"unknown implementation {name!r}: it is torch, compiled, triton or, of mlp, epilogue")
+        raise UserError(f"unknown implementation {name!r}: use torch, compiled, triton, or for mlp epilogue")
     if find_spec("triton") is None:
-        raise UserError(f"the triton backend needs the package triton (pip install triton, on Linux): or use {instead}")
+        raise UserError(
+            f"the triton backend needs the package triton (Linux: pip install triton): install it or use {instead}"
+        )
     if not _interpreting() and (torch.device(device).type != "cuda" or torch.version.hip is not None):
         raise UserError(
             f"the triton backend needs a CUDA GPU, and this run is on {device}: use {instead}, "
@@ -154,12 +159,12 @@ def _implementation(name: str, device: str, instead: str = "--backend torch") ->
 
 
 def _has(module: ModuleType, name: str, op: str) -> bool:
-    """Names that the epilogue's file imports are not its own."""
+    """Return whether `module` implements `op`: the epilogue's file has only mlp, though it imports other names."""
     return op == "mlp" if name == "epilogue" else hasattr(module, op)
 
 
 def _compiled(fn: Callable) -> Callable:
-    """`fn` compiled where it will be differentiated; validation and samples, of other shapes, would compile it anew."""
+    """Return `fn`, compiled where it is differentiated: the shapes of validation and samples would recompile it."""
     fast = torch.compile(fn, dynamic=False)
 
     @wraps(fn)
@@ -174,5 +179,5 @@ def _interpreting() -> bool:
 
 
 def interpreted(config: OpsConfig, optimizer: str = "torch") -> bool:
-    """Whether some op of `config`, or the optimizer, runs in Triton's interpreter, which computes bf16 wrongly."""
+    """Return whether an op of `config`, or the optimizer, runs in Triton's interpreter, which computes bf16 wrongly."""
     return _interpreting() and not set(TRITON).isdisjoint([*asdict(config).values(), optimizer])

@@ -7,36 +7,37 @@
     o = gelu_tanh(x fc_w^T + fc_b) proj_w^T + proj_b                               mlp
     loss = mean_i(logsumexp_v(x_i . w_v) - x_i . w_target(i))                      linear_cross_entropy
 
-What each returns, and in which dtype, stands on `gpt2fast.ops.Ops`. Every other implementation is tested against
-this file. Sources: Radford et al. 2019 (GPT-2); Ba et al. 2016, arXiv:1607.06450 (LayerNorm);
-Hendrycks & Gimpel 2016, arXiv:1606.08415 (GELU and its tanh form); Vaswani et al. 2017, arXiv:1706.03762 (attention).
+`gpt2fast.ops.Ops` states the dtype of each result. Every other implementation is tested against this file.
+
+Sources: Radford et al. 2019 (GPT-2); Ba et al. 2016, arXiv:1607.06450 (LayerNorm); Hendrycks & Gimpel 2016,
+arXiv:1606.08415 (GELU and its tanh form); Vaswani et al. 2017, arXiv:1706.03762 (attention).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target that counts neither in the loss nor in the mean, as in torch
+IGNORE = -100  # a target that counts neither in the sum of losses nor in the mean's divisor, as in torch
 
 
 def embedding(wte: Tensor, wpe: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V, C), (block_size, C), (B, T) int64 -> the token's row + the position's (B, T, C), in `dtype`."""
+    """Add token and position embeddings: (V, C), (block_size, C), (B, T) int64 -> (B, T, C) in `dtype`."""
     return (F.embedding(idx, wte) + wpe[: idx.shape[1]]).to(dtype)
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
-    """(..., C), (C,), (C,) -> (..., C)."""
+    """Normalise over the last dimension: (..., C), (C,), (C,) -> (..., C)."""
     return F.layer_norm(x, w.shape, w, b, eps).to(compute_dtype(x))
 
 
 def add_layer_norm(x: Tensor, y: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual add and the LayerNorm after it: x, y (..., C) -> x + y and layer_norm(x + y)."""
+    """Add to the residual stream and normalise: x, y (..., C) -> x + y and layer_norm(x + y)."""
     s = x + y
     return s, layer_norm(s, w, b, eps)
 
 
 def attention(qkv: Tensor, n_head: int) -> Tensor:
-    """Causal attention on packed projections: (B, T, 3C) -> (B, T, C), heads of D = C / n_head side by side."""
+    """Apply causal attention to packed projections: (B, T, 3C) -> (B, T, C), heads of D = C / n_head side by side."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -44,8 +45,11 @@ def attention(qkv: Tensor, n_head: int) -> Tensor:
 
 
 def cached_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, n_head: int) -> Tensor:
-    """One new token a row: qkv (B, 3C), position (B,) int64 -> (B, C). Its key and value are written to the caches
-    (B, H, S, D), which are of the compute dtype; what lies behind them there counts nothing, if it is finite."""
+    """Attend with one new token per row: qkv (B, 3C), position (B,) int64 -> (B, C).
+
+    Its key and value are written to the caches (B, H, S, D), which have the compute dtype. Entries after `position`
+    have no effect if they are finite.
+    """
     B, C3 = qkv.shape
     q, k, v = qkv.view(B, 3, n_head, 1, C3 // (3 * n_head)).to(k_cache.dtype).unbind(1)  # each (B, H, 1, D)
     rows, places = torch.arange(B, device=qkv.device), torch.arange(k_cache.shape[2], device=qkv.device)
@@ -55,23 +59,24 @@ def cached_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, position: Te
 
 
 def mlp(x: Tensor, fc_w: Tensor, fc_b: Tensor, proj_w: Tensor, proj_b: Tensor) -> Tensor:
-    """(..., C), (F, C), (F,), (C, F), (C,) -> (..., C)."""
+    """Apply linear, tanh-GELU, linear: (..., C), (F, C), (F,), (C, F), (C,) -> (..., C)."""
     return F.linear(F.gelu(F.linear(x, fc_w, fc_b), approximate="tanh"), proj_w, proj_b)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """(..., I), (O, I), (O,) -> (..., O)."""
+    """Compute x w^T + b: (..., I), (O, I), (O,) -> (..., O)."""
     return F.linear(x, w, b)
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
-    """(N, C), (V, C), (N,) int64 -> the mean loss, fp32. Rows of `w` from `vocab_size` on are padding.
+    """Return the mean loss of the tied head: (N, C), (V, C), (N,) int64 -> (), fp32.
 
-    A padded column's logit is minus infinity: probability and gradient are exactly zero. It gets there as the bias
-    of the matmul, which its epilogue adds for free; slicing the logits would copy all of them, there and back.
+    Rows of `w` from `vocab_size` on are padding. Their logits are minus infinity, so that their probability and
+    gradient are exactly zero. The matmul's bias makes them so, which its epilogue adds for free; slicing the logits
+    would copy all of them, in forward and in backward.
     """
     logits = F.linear(x, w, _padding_bias(w, vocab_size, x))  # (N, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays, to be the truth in tests
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays: it is the truth in tests
     return F.cross_entropy(logits, targets, ignore_index=IGNORE)
 
 
@@ -84,6 +89,6 @@ def _padding_bias(w: Tensor, vocab_size: int | None, x: Tensor) -> Tensor | None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matmuls run in here: autocast's where it is on, else that of x."""
+    """Return the dtype that matmuls run in: autocast's if it is on for x's device, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,10 +1,10 @@
 """The blocks' matrices in the compute dtype, rounded once a step and not in every micro-batch.
 
 Autocast rounds the fp32 weights to bf16 or fp16 in each micro-batch. Here the training step runs a twin of the model
-that shares all of it but these matrices, of which it has rounded copies. Both ways every product sees the same
-numbers, and gradients are added in fp32: tests compare them bit for bit.
+that shares all parameters but these matrices, and has rounded copies of those. Either way every product has the same
+operands, and gradients are added in fp32: tests compare the two bit for bit.
 
-The token embedding is not among them: its rows are looked up in fp32.
+The token embedding is not copied: its rows are looked up in fp32.
 """
 
 import copy
@@ -20,9 +20,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Rounded:
-    """`model` is the twin, `copies` the twin's rounded copy of each matrix: {weight in fp32: copy}.
+    """A twin of the model, `model`, and its rounded matrices, `copies`: {weight in fp32: copy}.
 
-    Gradients go to the weights as soon as they are there; with `keep_gradients` they stay with the copies.
+    Each copy's gradient is added to the weight's as soon as it is computed; with `keep_gradients` it stays on the copy.
     """
 
     def __init__(self, original: GPT, dtype: torch.dtype, keep_gradients: bool = False):
@@ -39,7 +39,7 @@ class Rounded:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the weights again: they have changed. (Their `_version` does not tell, fused AdamW leaves it alone.)"""
+        """Round the weights again after an update. (Their `_version` shows none: fused AdamW does not change it.)"""
         torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
 
@@ -54,7 +54,7 @@ def _hand_back(weight: nn.Parameter, rounded: nn.Parameter) -> None:
 
 
 def _twin(module: Module) -> Module:
-    """The same parameters in modules of their own."""
+    """Return new modules that share the parameters of `module`."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)
     twin._modules = {name: _twin(child) for name, child in module.named_children()}

@@ -1,4 +1,4 @@
-"""A device, a fixed number of threads, and programs run from elsewhere. Triton is interpreted where there is no GPU."""
+"""Fixtures and settings for all tests. Without a GPU, Triton's kernels run in its interpreter."""
 
 import contextlib
 import ctypes
@@ -13,10 +13,10 @@ from types import ModuleType
 
 import pytest
 
-# Before NumPy and torch, which read them once: threads of two test processes would wait for each other on two cores.
+# Set before NumPy and torch read them: threads of two test processes would wait for each other on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Inductor's cache does not ask which instructions ATen was limited to, and hands out code for others: wrong numbers.
+# Inductor's cache ignores which instructions ATen is limited to, and its code for others computes wrong numbers.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     f"{tempfile.gettempdir()}/gpt2fast-tests-inductor-{getattr(os, 'getuid', int)()}-"
@@ -39,14 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def prepare() -> None:
-    """Before test files are imported."""
+    """Set up torch, and Triton's interpreter, before test files are imported."""
     import torch
 
     from gpt2fast.machine import device
     from tests.tools.gpu import CUDA
 
     torch.set_num_threads(THREADS)
-    device.keep_freed_memory = lambda: False  # for good: this process would keep the memory of all its tests
+    device.keep_freed_memory = lambda: False  # this process would keep the memory of all its tests
     if not CUDA:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch has not done yet
         from tests.tools import interpreter
@@ -64,7 +64,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module", autouse=True)
 def freed_memory_goes_back():
-    """After each file, as far as glibc's heap has it in one piece."""
+    """Return freed memory to the system after each file, where glibc's heap has it in one piece."""
     yield
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -80,22 +80,22 @@ def device():
 
 @pytest.fixture
 def run_python(tmp_path):
-    """run_python(*args, cwd=, env=, check=): `python *args` in an empty folder, the checkout importable.
+    """run_python(*args, cwd=, env=, check=) runs `python *args` in an empty folder, with the checkout importable.
 
-    The program gets a user's environment: what the tests set for themselves is taken out of it.
+    The program gets a user's environment, without the variables that the tests set for themselves.
     """
     return partial(programs.run, cwd=tmp_path)
 
 
 @pytest.fixture
 def run_module(run_python):
-    """run_module("gpt2fast.train", "--steps", "3"): `python -m ...`, with the options of run_python."""
+    """run_module("gpt2fast.train", "--steps", "3") runs `python -m ...`, with the options of run_python."""
     return partial(run_python, "-m")
 
 
 @pytest.fixture
 def fresh_python(tmp_path):
-    """The same by a new interpreter, where imports or its environment at the start are what is tested."""
+    """run_python in a new interpreter, for tests of imports, or of variables that are read at start-up."""
 
     def run(*args, cwd=tmp_path, env=None, check=False) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, args)]
@@ -110,7 +110,7 @@ def fresh_python(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working folder with data in it, the only things there."""
+    """The current folder, with nothing but data in it."""
     from tests.tools import tiny
 
     monkeypatch.chdir(tmp_path)
@@ -120,7 +120,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_picture(request, monkeypatch) -> None:
-    """Training in this process draws no loss.png, which takes longer than its steps, unless the test asks for it."""
+    """Turn loss.png off for training in this process, unless `picture` is used: it takes longer than the steps."""
     train = sys.modules.get("gpt2fast.train")
     if train and "picture" not in request.fixturenames:
         monkeypatch.setattr(train, "draw_loss_curve", lambda s: None)
@@ -128,21 +128,21 @@ def no_picture(request, monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def picture() -> None:
-    """Asked for where loss.png is looked at."""
+    """Requested by tests that need loss.png."""
 
 
 @pytest.fixture
 def cache_home(tmp_path, monkeypatch) -> Path:
-    """An empty folder in the place of the user's cache."""
+    """The folder that replaces the user's cache; it does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def planted(monkeypatch) -> dict[str, dict]:
-    """For --backend auto: two candidates of each op on a CPU, and their times, which a test may change.
+    """For --backend auto: two candidates for each op on a CPU, and their times, which a test may change.
 
-    torch.compile compiles nothing.
+    Compiled ops are replaced by functools.partial.
     """
     from gpt2fast import auto, ops
 
@@ -161,7 +161,7 @@ def planted(monkeypatch) -> dict[str, dict]:
 
 @pytest.fixture
 def kernels(monkeypatch) -> ModuleType:
-    """A GPU, and modules in the places of gpt2fast.kernels and gpt2fast.kernels.epilogue."""
+    """Stand-ins for gpt2fast.kernels and gpt2fast.kernels.epilogue, which can be built for CUDA without a GPU."""
     from gpt2fast import ops
 
     module, epilogue = ModuleType("gpt2fast.kernels"), ModuleType("gpt2fast.kernels.epilogue")

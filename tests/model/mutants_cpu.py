@@ -3,31 +3,34 @@
 from tests.tools.mutation import Mutant
 
 MUTANTS = [
-    Mutant("p = p.to(qkv.dtype).tril_(begin)", "p = p.to(qkv.dtype)", "the future is seen, by dv", "test_attention"),
+    Mutant("p = p.to(qkv.dtype).tril_(begin)", "p = p.to(qkv.dtype)", "dv is not causal", "test_attention"),
     Mutant(
         "mul_(p).to(qkv.dtype).tril_(begin)",
         "mul_(p).to(qkv.dtype)",
-        "the future is seen, by dq and dk",
+        "dq and dk are not causal",
         "test_attention",
     ),
-    Mutant("if dtype == torch.bfloat16:", "if True:", "fp32 products of rounded operands", "test_attention"),
-    Mutant("lse, 0.0, True)", "lse, 0.0, False)", "torch's backward sees the future", "test_attention"),
+    Mutant("if dtype == torch.bfloat16:", "if True:", "fp32 operands are rounded to bf16", "test_attention"),
+    Mutant("lse, 0.0, True)", "lse, 0.0, False)", "torch's backward is not causal", "test_attention"),
     Mutant(
         "d[0, h, rows].baddbmm_(ds, k[h, keys], alpha=scale)",
         "d[0, h, rows].baddbmm_(ds, k[h, keys])",
-        "dq without its scale",
+        "dq is not scaled",
         "test_attention",
     ),
-    Mutant("s, alpha=scale, out=s)", "s, out=s)", "scores without their scale", "test_attention"),
-    Mutant("-(do_ * o)", "0 * (do_ * o)", "no delta", "test_attention"),
-    Mutant(".clamp_(-87, 1)", ".clamp_(-7, 1)", "small probabilities are not that small", "test_attention"),
+    Mutant("s, alpha=scale, out=s)", "s, out=s)", "scores are not scaled", "test_attention"),
+    Mutant("-(do_ * o)", "0 * (do_ * o)", "delta is left out", "test_attention"),
+    Mutant(".clamp_(-87, 1)", ".clamp_(-7, 1)", "small probabilities are clamped too high", "test_attention"),
     Mutant(
-        "h = slice(start, start + heads)", "h = slice(0, heads)", "the first heads, again and again", "test_attention"
+        "h = slice(start, start + heads)",
+        "h = slice(0, heads)",
+        "every block computes the first heads",
+        "test_attention",
     ),
     Mutant(
         "(ds.mT, q[h, rows], alpha=scale)",
         "(ds.mT, q[h, rows], alpha=scale, beta=int(begin == 0))",
-        "dk of the last block only",
+        "dk has the last block only",
         "test_attention",
     ),
     Mutant(
@@ -39,13 +42,13 @@ MUTANTS = [
     Mutant(
         "logits[:, vocab_size:] = -math.inf",
         "logits[:, vocab_size:] = 0",
-        "padding has a probability",
+        "padding has a nonzero probability",
         "test_linear_cross_entropy",
     ),
     Mutant(
         "torch.expm1(log_p).to(p.dtype)",
         "torch.exp(log_p).to(p.dtype)",
-        "p and not p - 1 at the target",
+        "the gradient at the target is p, not p - 1",
         "test_linear_cross_entropy",
     ),
     Mutant(
@@ -55,33 +58,33 @@ MUTANTS = [
         "(target[:, None] - some + some_p.log()).mean(1)",
         "target - (some - some_p.log()).mean(1)",
         "the loss has logsumexp's rounding",
-        "test_what_all_logits_have_in_common_is_not_rounded_into_the_loss",
+        "test_a_large_offset_of_all_logits_is_not_rounded_into_the_loss",
     ),
     Mutant(
         ".log_softmax(1).gather(1, targets[:, None])[:, 0]",
         ".logsumexp(1).sub(target).neg()",
-        "the loss has logsumexp's rounding where a column is next to impossible",
-        "test_what_all_logits_have_in_common_is_not_rounded_into_the_loss",
+        "the loss has logsumexp's rounding where a sampled probability is nearly zero",
+        "test_a_large_offset_of_all_logits_is_not_rounded_into_the_loss",
     ),
     Mutant(
         "if (some_p > TINY).all():",
         "if True:",
-        "log of a probability that is zero",
-        "test_where_a_sampled_column_is_next_to_impossible_logsumexp_is_made_of_all",
+        "the log of a probability of zero",
+        "test_a_sampled_probability_of_nearly_zero_takes_the_full_logsumexp",
     ),
     Mutant("if not counted[chunk].all():", "if False:", "ignored targets have gradients", "test_linear_cross_entropy"),
-    Mutant("dw.add_(part)", "part", "dw of the last chunk only", "test_linear_cross_entropy"),
+    Mutant("dw.add_(part)", "part", "dw has the last chunk only", "test_linear_cross_entropy"),
     Mutant(
         "scale = dloss / (targets != IGNORE).sum().clamp(min=1)",
         "scale = dloss / len(targets)",
         "ignored targets count in the mean",
         "test_linear_cross_entropy",
     ),
-    Mutant("dy.sum(0)", "dy[:-1].sum(0)", "the last row is not in db", "test_linear"),
+    Mutant("dy.sum(0)", "dy[:-1].sum(0)", "db leaves out the last row", "test_linear"),
     Mutant(
         "zip(a.chunk(2), y.chunk(2))",
         "zip(a.chunk(2)[:1], y.chunk(2))",
-        "half of the rows is not written",
+        "half of the rows are not written",
         "test_linear",
     ),
 ]

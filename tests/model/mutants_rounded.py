@@ -6,25 +6,25 @@ MUTANTS = [
     Mutant(
         "weight.grad.add_(rounded.grad)",
         "pass",
-        "gradients of the first micro-batch only",
+        "only the first micro-batch's gradients are kept",
         "test_accumulated_steps_are_autocasts_bit_for_bit",
     ),
     Mutant(
         "    rounded.grad = None",
         "    pass",
-        "gradients add up in bf16 as well",
+        "gradients are also added in bf16",
         "test_accumulated_steps_are_autocasts_bit_for_bit",
     ),
     Mutant(
         "torch._foreach_copy_(list(self.copies.values()), list(self.copies))",
         "pass",
-        "copies stay what they were",
+        "copies are not refreshed",
         "test_accumulated_steps_are_autocasts_bit_for_bit",
     ),
     Mutant(
         "dict(module._parameters)",
         "module._parameters",
-        "the model itself is rounded",
+        "the model's own weights are rounded",
         "test_accumulated_steps_are_autocasts_bit_for_bit",
     ),
 ]

@@ -1,4 +1,4 @@
-"""--backend auto in a run: what is chosen is shown, stored, trained with, resumed with and sampled with."""
+"""--backend auto in a run: the choice is printed, stored, and used to train, resume and sample."""
 
 import json
 from dataclasses import asdict, replace
@@ -27,7 +27,7 @@ def record(c):
     return json.loads((c.folder / "config.json").read_text())
 
 
-def test_on_a_cpu_it_is_torch(tmp_path, capsys):
+def test_on_a_cpu_every_op_is_torch(tmp_path, capsys):
     with_torch, with_auto = (tiny.config(tmp_path, run=name, backend=name) for name in ("torch", "auto"))
     train(with_torch)
     train(with_auto)
@@ -74,7 +74,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_choice_for_something_else_is_made_anew_on_resume(change, tmp_path, capsys, planted):
+def test_a_choice_made_for_other_settings_is_made_again_on_resume(change, tmp_path, capsys, planted):
     flags, resolved = CHANGES[change]
     c = tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="torch"), stop_at=10)
     train(c)
@@ -106,11 +106,11 @@ def test_a_resumed_run_may_name_an_op_or_another_backend(tmp_path, capsys, plant
     train(replace(c, resume=True, stop_at=12, backend="torch"))
     assert record(c)["resolved"]["ops"] == dict.fromkeys(NAMES, "torch")
     assert planted["measured"] == []
-    train(replace(c, resume=True, stop_at=13))  # torch's run, with auto from now on
+    train(replace(c, resume=True, stop_at=13))  # a run with torch, resumed with auto
     assert set(record(c)["resolved"]["ops"].values()) == {"compiled"}
 
 
-def test_no_memory_for_torch_is_said_in_one_line(tmp_path, planted, monkeypatch):
+def test_out_of_memory_in_torchs_own_op_is_one_line(tmp_path, planted, monkeypatch):
     def measure_op(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -119,7 +119,7 @@ def test_no_memory_for_torch_is_said_in_one_line(tmp_path, planted, monkeypatch)
         start_session(tiny.config(tmp_path, backend="auto"))
 
 
-def test_an_op_that_was_named_and_cannot_be_built_is_refused(tmp_path, monkeypatch):
+def test_a_named_op_that_cannot_be_built_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=r"needs a CUDA GPU, and this run is on cpu"):
         start_session(tiny.config(tmp_path, backend="auto", ops=OpsConfig(mlp="triton")))
@@ -137,7 +137,7 @@ def test_refused_candidates_are_shown():
         ("triton", "cuda", False, "triton"),
         ("triton", "cpu", False, None),
         ("triton", "cpu", True, None),
-        ("of another version", "cpu", False, None),
+        ("an unknown name", "cpu", False, None),
     ],
 )
 def test_a_choice_is_recalled_where_it_can_be_built(chosen, device, interpret, expected, kernels, monkeypatch):
@@ -147,13 +147,13 @@ def test_a_choice_is_recalled_where_it_can_be_built(chosen, device, interpret, e
     assert found == (expected and OpsConfig(mlp="torch").with_backend(expected))
 
 
-def test_a_run_is_sampled_with_its_choice(tmp_path, planted):
+def test_a_run_is_sampled_with_the_ops_that_were_chosen(tmp_path, planted):
     c = tiny.config(tmp_path, backend="auto", steps=2, warmup=1)
     train(c)
     weights = load.read_weights(c.folder)
     assert set(asdict(weights.state["ops"]).values()) == {"compiled"}
     model = load.load_model(c.folder, CPU)
-    assert all(isinstance(getattr(model.ops, op), partial) for op in NAMES)  # compiled, as `planted` does it
+    assert all(isinstance(getattr(model.ops, op), partial) for op in NAMES)  # `planted` replaces compilation by partial
     assert generate(model, torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 3)
 
 

@@ -1,4 +1,4 @@
-"""The six names for a CPU: as accurate as the reference at the same dtype, in every case that they treat apart."""
+"""The seven names for a CPU: as accurate as the reference at the same dtype, in every case with code of its own."""
 
 import math
 from functools import partial
@@ -23,7 +23,7 @@ IGNORE = reference.IGNORE
 
 
 def judge(name, inputs, others=(), **options):
-    """cpu's against the reference's, whose arithmetic at the same dtype is the honest one."""
+    """Compare cpu's op with the reference's, which at the same dtype is the honest arithmetic."""
 
     def theirs(*tensors):
         return getattr(reference, name)(*tensors, *others)
@@ -40,8 +40,8 @@ def judge(name, inputs, others=(), **options):
     [
         pytest.param((2, 3, 40, 24), id="small"),
         pytest.param((7, 13, 11), id="odd"),
-        pytest.param((1024, 768, 768), id="gpt2's, cut into two"),
-        pytest.param((2, 257, 300, 512), id="an odd number of rows, cut into two"),
+        pytest.param((1024, 768, 768), id="gpt2's, split in two"),
+        pytest.param((2, 257, 300, 512), id="an odd number of rows, split in two"),
         pytest.param((1, 5, 3), id="one row"),
         pytest.param((0, 5, 3), id="no rows"),
     ],
@@ -53,7 +53,7 @@ def test_linear(shape, dtype, bias):
     judge("linear", [n(*rows, wide), n(out, wide) / math.sqrt(wide)] + [n(out)] * bias)
 
 
-def test_a_cut_matmul_is_the_whole_one():
+def test_a_split_matmul_equals_the_whole_one():
     n = partial(normal, dtype=torch.bfloat16, device="cpu")
     a, b, bias = n(514, 64), n(64, 300), n(300)
     torch.testing.assert_close(cpu._matmul(a, b, bias), torch.addmm(bias, a, b))
@@ -71,7 +71,7 @@ def test_mlp(dtype):
     "shape",
     [
         pytest.param((2, 2, 256, 64), id="gpt2's: two blocks of queries"),
-        pytest.param((1, 3, 300, 16), id="a last block that is not full"),
+        pytest.param((1, 3, 300, 16), id="a partial last block"),
         pytest.param((3, 2, 128, 32), id="nano's: one block"),
         pytest.param((2, 1, 17, 7), id="odd"),
         pytest.param((2, 2, 1, 8), id="one position"),
@@ -82,32 +82,32 @@ def test_mlp(dtype):
 def test_attention(shape, dtype, monkeypatch):
     B, H, T, D = shape
     attends(DTYPES[dtype])
-    monkeypatch.setattr(cpu, "SCORES", 2 * 128 * T)  # two heads at a time, so that there is a last group of one
+    monkeypatch.setattr(cpu, "SCORES", 2 * 128 * T)  # two heads at a time, so that the last group may have one
     qkv = normal(B, T, 3 * H * D, dtype=DTYPES[dtype], device="cpu")
     judge("attention", [qkv], (H,), gradient_factor=2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_where_probabilities_vanish(dtype):
-    """Scores of +-100: beside the largest, exp gives what fp32 cannot hold; and what is not seen would overflow."""
+def test_attention_where_probabilities_underflow(dtype):
+    """Scores of +-100: exp underflows for all but the largest, and would overflow for masked keys."""
     qkv = normal(1, 40, 3 * 16, dtype=DTYPES[dtype], device="cpu") * 8
     judge("attention", [qkv], (1,), gradient_factor=2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_rounds_only_products_of_what_is_bf16_already(dtype, monkeypatch):
-    """Asked of torch's setting: a CPU that multiplies no bf16 ignores it, and would show no difference."""
-    matmul, bmm, asked = torch.backends.mkldnn.matmul, torch.bmm, []
+def test_attention_allows_bf16_products_for_bf16_inputs_only(dtype, monkeypatch):
+    """Read from torch's setting: a CPU without bf16 products ignores it, and its results would show no difference."""
+    matmul, bmm, settings = torch.backends.mkldnn.matmul, torch.bmm, []
     before = matmul.fp32_precision
 
     def noted(*args):
-        asked.append(matmul.fp32_precision)
+        settings.append(matmul.fp32_precision)
         return bmm(*args)
 
     monkeypatch.setattr(torch, "bmm", noted)
     qkv = normal(1, 40, 3 * 16, dtype=DTYPES[dtype], device="cpu").requires_grad_()
     cpu.attention(qkv, 1).sum().backward()
-    assert set(asked) == {"bf16" if dtype == "bf16" else before}
+    assert set(settings) == {"bf16" if dtype == "bf16" else before}
     assert before != "bf16"
     assert matmul.fp32_precision == before
 
@@ -135,9 +135,9 @@ def test_linear_cross_entropy(dtype, rows, targets, scale, monkeypatch):
     judge("linear_cross_entropy", [n(50, 24), n(64, 24) / 5 * scale], (targets, 60))
 
 
-@pytest.mark.parametrize("far", [0, 300], ids=["", "a column next to impossible"])
-def test_what_all_logits_have_in_common_is_not_rounded_into_the_loss(far):
-    """Logits of 4096 and a bit, whole numbers: exact in fp32, where logsumexp of them is rounded to 2^-11."""
+@pytest.mark.parametrize("far", [0, 300], ids=["", "a probability of nearly zero"])
+def test_a_large_offset_of_all_logits_is_not_rounded_into_the_loss(far):
+    """Logits are integers a little above 4096, exact in fp32, while their logsumexp is rounded to 2^-11."""
     x = torch.cat([torch.eye(6), torch.ones(6, 1)], 1).requires_grad_()
     bits = torch.arange(60).reshape(10, 6) * 7 % 5.0
     bits[0] -= far
@@ -156,8 +156,8 @@ def test_a_large_vocabulary_is_sampled():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_where_a_sampled_column_is_next_to_impossible_logsumexp_is_made_of_all(dtype):
-    """Logits of +-200: probabilities beside the largest vanish, their logarithms with them."""
+def test_a_sampled_probability_of_nearly_zero_takes_the_full_logsumexp(dtype):
+    """Logits of +-200: all probabilities but the largest underflow, and have no logarithm."""
     x = torch.eye(8, 16, dtype=DTYPES[dtype]) * 200
     w = torch.eye(40, 16, dtype=DTYPES[dtype]) - torch.eye(40, 16, dtype=DTYPES[dtype]).roll(3, 0)
     targets = torch.arange(8).flip(0)
@@ -166,7 +166,7 @@ def test_where_a_sampled_column_is_next_to_impossible_logsumexp_is_made_of_all(d
     assert got > 100
 
 
-def test_nothing_to_predict_is_nan_with_gradient_zero_as_in_torch():
+def test_without_targets_the_loss_is_nan_and_its_gradient_zero_as_in_torch():
     for fn in (cpu.linear_cross_entropy, reference.linear_cross_entropy):
         x = normal(5, 8, dtype=torch.float32, device="cpu").requires_grad_()
         loss = fn(x, normal(12, 8, dtype=torch.float32, device="cpu"), torch.full((5,), IGNORE))
@@ -175,7 +175,7 @@ def test_nothing_to_predict_is_nan_with_gradient_zero_as_in_torch():
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "attention", "linear_cross_entropy"])
-def test_nan_in_means_nan_out(name):
+def test_nan_inputs_give_nan_outputs_and_gradients(name):
     n = partial(normal, dtype=torch.float32, device="cpu")
     inputs, others = {
         "linear": ([n(3, 8), n(4, 8)], ()),
@@ -189,7 +189,7 @@ def test_nan_in_means_nan_out(name):
     assert any(gradient.isnan().any() for gradient in results.gradients)
 
 
-def test_a_loss_without_gradients_makes_none(monkeypatch):
+def test_a_loss_without_gradients_does_not_compute_them(monkeypatch):
     n = partial(normal, dtype=torch.float32, device="cpu")
     x, w, targets = n(5, 8).requires_grad_(), n(12, 8).requires_grad_(), torch.arange(5)
     expected = cpu.linear_cross_entropy(x, w, targets).detach()
@@ -201,7 +201,7 @@ def test_a_loss_without_gradients_makes_none(monkeypatch):
 
 
 @pytest.mark.parametrize("op", [cpu._attention_bwd, cpu._linear_cross_entropy], ids=str)
-def test_the_operators_are_registered_as_torch_wants_them(op):
+def test_the_operators_pass_torchs_opcheck(op):
     n = partial(normal, dtype=torch.bfloat16, device="cpu")
     if op is cpu._attention_bwd:
         samples = [(n(2, 9, 8), n(2, 9, 24), n(2, 9, 8), n(2, 2, 9).float(), 2)]
@@ -213,11 +213,11 @@ def test_the_operators_are_registered_as_torch_wants_them(op):
 
 OURS = Ops(**{name: getattr(cpu, name) for name in Ops.__dataclass_fields__})
 THEIRS = Ops(**{name: getattr(reference, name) for name in Ops.__dataclass_fields__})
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300)  # 20 more words are padding
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=40, vocab_size=300)  # padded by 20
 
 
 def gradients(ops: Ops, precision: str, seed: int) -> dict[str, torch.Tensor]:
-    """Of a model with random weights everywhere, as after some training."""
+    """Return the gradients of a model in which all parameters are random, as after some training."""
     model = GPT(CONFIG, ops)
     randomise(model, 0.05, seed)
     model = model.double() if precision == "fp64" else model
@@ -229,8 +229,8 @@ def gradients(ops: Ops, precision: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_gradients_of_the_whole_model_err_as_the_references_do(precision):
-    """Over 16 models, that each parameter has many independent errors: so this holds on every CPU."""
+def test_gradients_of_the_whole_model_are_as_accurate_as_the_references(precision):
+    """Over 16 models, so that each parameter has many independent errors and the comparison holds on every CPU."""
     kinds = {"truth": (THEIRS, "fp64"), "base": (THEIRS, precision), "got": (OURS, precision)}
     found = {kind: [gradients(*what, seed) for seed in range(16)] for kind, what in kinds.items()}
     for name in found["truth"][0]:
@@ -239,7 +239,7 @@ def test_gradients_of_the_whole_model_err_as_the_references_do(precision):
 
 
 def train(ops: Ops, precision: str, steps: int, compile: bool = False, seed: int = 1) -> torch.Tensor:
-    """Losses of AdamW from the same weights on the same batches of 3."""
+    """Return the losses of AdamW from the same weights on the same three batches."""
     model = GPT(CONFIG, ops)
     if precision == "fp64":
         model = model.double()
@@ -253,9 +253,9 @@ def train(ops: Ops, precision: str, steps: int, compile: bool = False, seed: int
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize(("steps", "runs"), [(40, 4), pytest.param(200, 8, marks=pytest.mark.long)])
-def test_many_steps_lose_as_the_references_do_within_the_rounding(precision, steps, runs):
-    """The errors of a run are one draw and not as many as it has steps, for each grows out of those before it: two runs
-    of the reference whose sums are in another order differ as much. So honest errors are those of several runs."""
+def test_losses_of_many_steps_are_as_accurate_as_the_references(precision, steps, runs):
+    """The errors of a run are one random draw and not one per step, since each grows out of those before it: two runs
+    of the reference with another order of summation differ as much. So honest errors are taken from several runs."""
     nearby = [
         (train(THEIRS, "fp64", steps, seed=seed).double(), train(THEIRS, precision, steps, seed=seed))
         for seed in range(1, 1 + runs)

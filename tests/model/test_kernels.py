@@ -1,20 +1,20 @@
-"""The package gpt2fast.kernels: found in ../kernels, never as `kernels`, and what it offers."""
+"""The package gpt2fast.kernels: found in ../kernels, never as `kernels`, and its public names."""
 
 from tests.tools.checkout import CHECKOUT
 
 
-def test_kernels_is_no_package_of_that_name():
+def test_the_folder_kernels_is_not_a_package():
     assert not (CHECKOUT / "kernels" / "__init__.py").exists()
 
 
 def test_no_public_name_is_also_a_file():
-    """Else gpt2fast.kernels.NAME would be a function or a module, by the order of imports."""
+    """Otherwise gpt2fast.kernels.NAME would be a function or a module, depending on the order of imports."""
     from gpt2fast import kernels
 
     assert set(kernels.__all__).isdisjoint(path.stem for path in (CHECKOUT / "kernels").glob("*.py"))
 
 
-def test_it_offers_functions_and_each_name_of_ops():
+def test_public_names_are_callable_and_include_each_op():
     from gpt2fast import kernels, ops
 
     assert set(ops.NAMES) <= set(kernels.__all__)

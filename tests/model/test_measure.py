@@ -1,4 +1,4 @@
-"""The candidates for an op: who computes something else is refused, and the others are timed in turns."""
+"""The candidates for an op: wrong ones are refused, and the others are timed in turns."""
 
 import math
 from dataclasses import replace
@@ -25,7 +25,7 @@ def briefly(monkeypatch):
 
 
 def plant(monkeypatch, **functions):
-    """These functions as implementations of any op, the others as they are."""
+    """Make these functions the implementations of any op, and leave the others unchanged."""
     real = measure.implementation
     monkeypatch.setattr(measure, "implementation", lambda op, name, *rest: functions.get(name) or real(op, name, *rest))
 
@@ -47,7 +47,7 @@ def test_torch_agrees_with_itself_and_is_timed(op, precision, residual, monkeypa
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("op", NAMES)
 def test_the_inputs_are_those_of_training(op, precision, residual):
-    """Shapes, dtypes, and who needs a gradient, as the model itself calls the op."""
+    """Shapes, dtypes and requires_grad are those with which the model calls the op."""
     seen = set()
     functions = {name: getattr(reference, name) for name in (*NAMES, "cached_attention")}
     fn = functions[op]
@@ -92,7 +92,7 @@ def test_wrong_results_are_refused(fault, precision, monkeypatch, briefly):
         assert "is wrong by" in found["triton"]
 
 
-def test_a_slower_candidate_is_slower_and_a_faster_one_taken(monkeypatch, briefly):
+def test_the_faster_candidate_is_chosen(monkeypatch, briefly):
     clock = Clock()
     monkeypatch.setattr(measure, "time", clock)
 
@@ -108,7 +108,7 @@ def test_a_slower_candidate_is_slower_and_a_faster_one_taken(monkeypatch, briefl
     assert fastest(measure.measure_op("linear", ["torch", "compiled"], WORK, CPU)) == "compiled"
 
 
-def test_a_candidate_that_fails_only_while_it_is_timed_is_skipped(monkeypatch, briefly):
+def test_a_candidate_that_fails_only_while_it_is_timed_is_not_used(monkeypatch, briefly):
     count = []
 
     def second_time(x, w, b):
@@ -123,7 +123,7 @@ def test_a_candidate_that_fails_only_while_it_is_timed_is_skipped(monkeypatch, b
     assert isinstance(found["torch"], float)
 
 
-def test_what_torch_raises_is_let_out(monkeypatch):
+def test_exceptions_of_torchs_own_ops_propagate(monkeypatch):
     def raising(*_):
         raise torch.OutOfMemoryError("no memory")
 
@@ -146,7 +146,7 @@ def test_a_candidate_that_breaks_the_device_ends_the_run_in_one_line(monkeypatch
         measure.attempt("mlp", "triton", CPU, candidate)
 
 
-def test_where_memory_is_short_fewer_sequences_are_verified(monkeypatch):
+def test_fewer_sequences_are_verified_if_memory_is_short(monkeypatch):
     real = measure.run
 
     def run(fn, made, *rest):
@@ -161,7 +161,7 @@ def test_where_memory_is_short_fewer_sequences_are_verified(monkeypatch):
         measure.exact_results("linear_cross_entropy", WORK, CPU)
 
 
-def test_the_truth_is_exact_though_the_run_is_not(monkeypatch):
+def test_the_truth_is_exact_fp32_whatever_the_runs_precision(monkeypatch):
     seen, real = [], measure.run
     monkeypatch.setattr(measure, "run", lambda *args: seen.append(torch.get_float32_matmul_precision()) or real(*args))
     torch.set_float32_matmul_precision("high")
@@ -181,7 +181,7 @@ def test_candidates_take_turns(briefly, monkeypatch):
 
 
 @pytest.mark.long
-def test_torch_compile_is_measured_in_earnest(briefly):
+def test_torch_compile_is_measured_without_stand_ins(briefly):
     compiled = measure.measure_op("layer_norm", ["torch", "compiled"], WORK, CPU)
     in_a_compiled_step = measure.measure_op("layer_norm", ["torch"], replace(WORK, compiled=True), CPU)
     for found in (*compiled.values(), *in_a_compiled_step.values()):

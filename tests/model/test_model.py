@@ -1,4 +1,4 @@
-"""GPT-2's shape, initial weights, padding and limits."""
+"""GPT-2's shape, initial weights, padding and limits. Residual streams and recomputing are in test_model_options.py."""
 
 import math
 from dataclasses import replace
@@ -8,10 +8,8 @@ import torch
 
 from gpt2fast import ops
 from gpt2fast.errors import UserError
-from gpt2fast.machine.device import autocast
 from gpt2fast.model import GPT, SIZES, GPTConfig, parameter_count
 from gpt2fast.training import flops, optim
-from gpt2fast.training.step import TrainingStep, compile_model
 
 OPS = ops.build(ops.OpsConfig())
 TINY = GPTConfig(n_layer=2, n_head=3, n_embd=24, block_size=16, vocab_size=70)  # padded to 128
@@ -65,7 +63,7 @@ def test_initial_weights_are_gpt2s():
             assert torch.all(weight == (1 if name.endswith("weight") else 0)), name
 
 
-def test_initial_weights_depend_on_the_seed_alone():
+def test_initial_weights_depend_on_the_seed_only():
     torch.manual_seed(1)
     one, other = GPT(TINY, OPS, seed=3).state_dict(), GPT(TINY, OPS, seed=4).state_dict()
     torch.manual_seed(2)
@@ -82,7 +80,7 @@ def test_initial_weights_do_not_depend_on_the_padding(monkeypatch):
     assert [name for name, weight in padded.items() if not torch.equal(weight, plain[name])] == []
 
 
-def test_drawing_initial_weights_leaves_torchs_own_generator_alone():
+def test_drawing_initial_weights_does_not_touch_torchs_generator():
     before = torch.get_rng_state()
     GPT(TINY, OPS)
     assert torch.equal(torch.get_rng_state(), before)
@@ -133,7 +131,7 @@ def test_logits_are_as_wide_as_the_vocabulary():
     assert GPT(TINY, OPS)(tokens(2, 5)).shape == (2, 5, 70)
 
 
-def test_the_loss_is_the_cross_entropy_of_the_logits_and_so_are_its_gradients():
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy_of_the_logits():
     model, idx, targets = GPT(TINY, OPS), tokens(2, 5), tokens(2, 5, seed=1)
     losses = model(idx, targets), -model(idx).log_softmax(-1).gather(-1, targets[..., None]).mean()
     torch.testing.assert_close(*losses)
@@ -155,7 +153,7 @@ def test_padded_rows_stay_zero_through_training():
 
 
 @pytest.mark.parametrize("t", [1, 8, 15])
-def test_a_later_token_changes_no_earlier_logit(t):
+def test_a_later_token_does_not_change_earlier_logits(t):
     model, idx = GPT(TINY, OPS), tokens(2, 16)
     changed = idx.clone()
     changed[:, t:] = (changed[:, t:] + 1) % 70
@@ -164,14 +162,14 @@ def test_a_later_token_changes_no_earlier_logit(t):
     assert (logits[:, t:] != logits_changed[:, t:]).any(-1).all()
 
 
-def test_positions_are_learned_for_block_size_tokens_and_no_more():
+def test_a_sequence_may_have_block_size_tokens_and_no_more():
     model = GPT(TINY, OPS)
     assert model(tokens(1, 16)).shape == (1, 16, 70)
-    with pytest.raises(UserError, match="17 positions are more than block_size 16"):
+    with pytest.raises(UserError, match="a sequence of 17 tokens is longer than block_size 16: shorten it"):
         model(tokens(1, 17))
 
 
-def test_the_same_token_elsewhere_has_other_logits():
+def test_the_same_token_at_another_position_has_other_logits():
     logits = GPT(TINY, OPS)(torch.full((1, 2), 7))
     assert not torch.equal(logits[0, 0], logits[0, 1])
 
@@ -184,149 +182,8 @@ def test_a_shape_below_one_is_refused(name, value):
 
 
 def test_heads_of_unequal_width_are_refused():
-    with pytest.raises(UserError, match="n_embd 100 is no multiple of n_head 12"):
+    with pytest.raises(UserError, match="n_embd 100 is not a multiple of n_head 12"):
         GPTConfig(n_embd=100)
-
-
-def old_hidden(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """As it was written before embedding, residual and recompute."""
-    sparse = idx.device.type == "cpu"
-    x = torch.nn.functional.embedding(idx, model.wte.weight, sparse=sparse) + model.wpe.weight[: idx.shape[1]]
-    norms = [block.ln_1 for block in model.h] + [model.ln_f]
-    h = model.ops.layer_norm(x, norms[0].weight, norms[0].bias, 1e-5)
-    for block, next_ln in zip(model.h, norms[1:]):
-        x, h = block(x, h, next_ln)
-    return h
-
-
-def loss_and_gradients(model: GPT, precision: str, hidden=None) -> list[torch.Tensor]:
-    idx, targets = tokens(3, 9), tokens(3, 9, seed=1)
-    with autocast(torch.device("cpu"), precision):
-        h = (hidden or GPT.hidden)(model, idx).flatten(0, 1)
-        loss = model.ops.linear_cross_entropy(h, model.wte.weight, targets.flatten(), 70)
-    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_without_options_nothing_has_changed_by_a_bit(precision):
-    model = GPT(TINY, OPS)
-    for got, expected in zip(*(loss_and_gradients(model, precision, hidden) for hidden in (None, old_hidden))):
-        assert torch.equal(got, expected)
-
-
-STREAMS = {
-    ("fp32", "fp32"): torch.float32, ("fp32", "low"): torch.float32, ("bf16", "fp32"): torch.float32,
-    ("bf16", "low"): torch.bfloat16, ("fp16", "low"): torch.float16,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize(("precision", "residual"), STREAMS)
-def test_the_streams_dtype(precision, residual, recompute):
-    """Of every sum, and of the gradients, which a hook of autograd sees."""
-    seen, gradients = [], []
-
-    def add_layer_norm(x, y, w, b, eps):
-        s, h = OPS.add_layer_norm(x, y, w, b, eps)
-        seen.append((x.dtype, s.dtype))
-        s.register_hook(lambda ds: gradients.append(ds.dtype)) if s.requires_grad else None
-        return s, h
-
-    model = GPT(TINY, replace(OPS, add_layer_norm=add_layer_norm), residual=residual, recompute=recompute)
-    loss, *_ = loss_and_gradients(model, precision)
-    dtype = STREAMS[precision, residual]
-    assert set(seen) == {(dtype, dtype)}
-    # computed again until the last value that backward needs, which is in the second one of a block
-    assert len(seen) == TINY.n_layer * (2 + recompute)
-    assert set(gradients) == {dtype}
-    assert loss.dtype == torch.float32
-
-
-def test_a_low_stream_has_gradients_of_the_weights_dtype_and_moves_the_loss_by_its_rounding():
-    low, fp32 = (loss_and_gradients(GPT(TINY, OPS, residual=low), "bf16") for low in ("low", "fp32"))
-    assert {g.dtype for g in low} == {torch.float32}
-    assert not torch.equal(low[0], fp32[0])
-    torch.testing.assert_close(low[0], fp32[0], rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("residual", ["fp32", "low"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recomputed_blocks_have_the_same_loss_and_gradients_bit_for_bit(precision, residual):
-    calls = []
-    attention = replace(OPS, attention=lambda *args: calls.append(1) or OPS.attention(*args))
-    results = [
-        loss_and_gradients(GPT(TINY, attention, residual=residual, recompute=recompute), precision)
-        for recompute in (False, True)
-    ]
-    assert len(calls) == 3 * TINY.n_layer  # the second time, forward and backward
-    for got, expected in zip(*results):
-        assert torch.equal(got, expected)
-
-
-def test_nothing_is_recomputed_where_nothing_is_differentiated():
-    calls = []
-    attention = replace(OPS, attention=lambda *args: calls.append(torch.is_grad_enabled()) or OPS.attention(*args))
-    with torch.no_grad():
-        logits = GPT(TINY, attention, recompute=True)(tokens(1, 5))
-    assert calls == [False] * TINY.n_layer
-    assert torch.equal(logits, GPT(TINY, OPS)(tokens(1, 5)))
-
-
-def test_recomputed_blocks_keep_their_inputs_only():
-    def kept(recompute: bool) -> int:
-        """Bytes that the loss holds on to, beside the parameters."""
-        model = GPT(replace(TINY, n_layer=6), OPS, recompute=recompute)
-        parameters = {p.data_ptr() for p in model.parameters()}
-        saved = {}
-
-        def pack(x):
-            if x.untyped_storage().data_ptr() not in parameters:
-                saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        idx = tokens(4, 16)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = model(idx, idx)
-        assert loss.requires_grad
-        return sum(saved.values())
-
-    assert kept(True) < 0.4 * kept(False)
-
-
-@pytest.mark.parametrize("residual", ["fp32", "low"])
-def test_weights_rounded_once_a_step_go_with_both_options(residual):
-    """As test_rounded.py has it: the twin's options are the model's, and its steps are autocast's bit for bit."""
-    results = []
-    for recompute, rounds in ((True, True), (False, False)):
-        model = GPT(TINY, OPS, residual=residual, recompute=recompute)
-        step = TrainingStep(model, optim.adamw(model, 0.1), precision="bf16", accumulation=2)
-        assert (step.rounded.model.residual, step.rounded.model.recompute) == (residual, recompute)
-        if not rounds:
-            step.rounded, step.forward = None, model
-        batches = iter([(tokens(2, 9, seed=seed), tokens(2, 9, seed=seed + 9)) for seed in range(6)])
-        results.append([x.detach() for _ in range(3) for x in step(batches, 1e-2)] + list(model.parameters()))
-    for got, expected in zip(*results):
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("whole", [False, True], ids=["block by block", "whole"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_and_recomputed(precision, whole):
-    """Block by block as on a CPU: the same bits. As one graph, as on a GPU: torch.compile fuses otherwise."""
-    torch._dynamo.reset()
-    results = []
-    for recompute in (False, True):
-        model = GPT(TINY, OPS, recompute=recompute)
-        forward = torch.compile(model, fullgraph=True) if whole else compile_model(model, torch.device("cpu"))
-        with autocast(torch.device("cpu"), precision):
-            loss = forward(tokens(3, 9), tokens(3, 9, seed=1))
-        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-    if whole:
-        tolerance = {"rtol": 2e-2, "atol": 2e-3} if precision == "bf16" else {"rtol": 1e-4, "atol": 1e-6}
-        torch.testing.assert_close(*results, **tolerance)
-    else:
-        assert all(map(torch.equal, *results))
 
 
 def test_an_untrained_model_guesses_uniformly():

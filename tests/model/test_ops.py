@@ -1,4 +1,4 @@
-"""The choice of implementations: every op is looked up by name, and what is missing is refused at start-up."""
+"""The choice of implementations: every op is looked up by name, and a missing one is refused at start-up."""
 
 import sys
 from types import ModuleType
@@ -14,9 +14,9 @@ from gpt2fast.ops import NAMES, OpsConfig, build
 
 @pytest.fixture
 def kernels(monkeypatch) -> ModuleType:
-    """A module in the place of gpt2fast.kernels that defines the names of Ops, each another object.
+    """A stand-in for gpt2fast.kernels that defines the names of Ops, each as a different object.
 
-    And one in the place of gpt2fast.kernels.epilogue, which has mlp, and linear from elsewhere.
+    Also one for gpt2fast.kernels.epilogue, with an mlp of its own and an imported linear.
     """
     module, epilogue = ModuleType("gpt2fast.kernels"), ModuleType("gpt2fast.kernels.epilogue")
     for name in (*NAMES, "cached_attention"):
@@ -36,12 +36,12 @@ def test_the_seven_names():
     assert tuple(vars(OpsConfig())) == NAMES
 
 
-def test_the_backend_fills_only_what_was_left_open():
+def test_the_backend_sets_only_ops_that_are_none():
     config = OpsConfig(attention="torch").with_backend("triton")
     assert vars(config) == dict.fromkeys(NAMES, "triton") | {"attention": "torch"}
 
 
-def test_auto_leaves_open_what_was_left_open():
+def test_auto_leaves_ops_that_are_none():
     assert OpsConfig(attention="triton").with_backend("auto") == OpsConfig(attention="triton")
 
 
@@ -80,7 +80,7 @@ def test_each_op_is_the_chosen_modules_function_of_that_name(name, kernels):
     assert getattr(build(OpsConfig().with_backend("triton")), name) is getattr(kernels, name)
 
 
-def test_attention_to_a_cache_is_of_the_module_that_attention_is_of(kernels):
+def test_cached_attention_is_from_the_module_of_attention(kernels):
     assert build(OpsConfig(attention="triton")).cached_attention is kernels.cached_attention
     others = OpsConfig(attention="compiled").with_backend("triton")
     assert build(others, "cuda").cached_attention is reference.cached_attention
@@ -95,17 +95,17 @@ def test_one_op_can_differ_from_all_others(name, kernels):
 
 def test_an_op_without_implementation_is_refused_by_name(kernels):
     del kernels.attention
-    with pytest.raises(UserError, match=r"triton has no implementation of attention: take --ops.attention torch"):
+    with pytest.raises(UserError, match=r"triton has no implementation of attention: use --ops.attention torch"):
         build(OpsConfig().with_backend("triton"))
     assert build(OpsConfig(attention="torch").with_backend("triton")).mlp is kernels.mlp
 
 
-def test_epilogue_is_an_mlp_and_nothing_else(kernels):
+def test_epilogue_implements_mlp_only(kernels):
     mixed = build(OpsConfig(mlp="epilogue").with_backend("triton"))
     assert mixed.mlp is sys.modules["gpt2fast.kernels.epilogue"].mlp
     assert mixed.linear is kernels.linear
     assert build(OpsConfig(mlp="epilogue")).linear is cpu.linear
-    with pytest.raises(UserError, match=r"epilogue has no implementation of linear: take --ops.linear torch"):
+    with pytest.raises(UserError, match=r"epilogue has no implementation of linear: use --ops.linear torch"):
         build(OpsConfig(linear="epilogue"))
 
 
@@ -130,16 +130,18 @@ def test_triton_on_a_cpu_is_refused_unless_it_is_interpreted(value, name, kernel
 
 def test_triton_that_is_not_installed_is_refused(kernels, monkeypatch):
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package triton \(pip install triton.*--backend torch"):
+    with pytest.raises(
+        UserError, match=r"needs the package triton \(Linux: pip install triton\): install it or use --backend torch"
+    ):
         build(OpsConfig(linear="triton"))
     with pytest.raises(UserError, match=r"needs the package triton"):
         build(OpsConfig(mlp="epilogue"))
     assert build(OpsConfig()).linear is cpu.linear
 
 
-def test_an_interpreter_that_cannot_run_them_is_refused(kernels):
-    kernels.interpreter_fault = lambda: "it is broken: mend it"
-    with pytest.raises(UserError, match="it is broken: mend it"):
+def test_an_interpreter_that_cannot_run_the_kernels_is_refused(kernels):
+    kernels.interpreter_fault = lambda: "it is broken: repair it"
+    with pytest.raises(UserError, match="it is broken: repair it"):
         build(OpsConfig(linear="triton"))
 
 
@@ -152,7 +154,7 @@ def test_only_triton_ops_are_interpreted(monkeypatch):
     assert not ops.interpreted(OpsConfig().with_backend("triton"))
 
 
-def test_sizes_that_a_kernel_cannot_take_are_refused():
+def test_sizes_that_a_kernel_does_not_support_are_refused():
     from gpt2fast.kernels.attention_forward import D_RANGE
     from gpt2fast.kernels.layernorm import MAX_N
 
@@ -160,15 +162,17 @@ def test_sizes_that_a_kernel_cannot_take_are_refused():
     triton = OpsConfig().with_backend("triton")
     ops.check_sizes(triton, 768, 64)
     ops.check_sizes(OpsConfig(attention="torch", layer_norm="torch", add_layer_norm="torch"), 10**6, 8)
-    with pytest.raises(UserError, match=r"n_head = 8 dimensions, and triton's attention takes 16 to 256.*torch"):
+    with pytest.raises(UserError, match=r"n_head = 8 dimensions, and triton's attention supports 16 to 256.*torch"):
         ops.check_sizes(triton, 768, 8)
-    with pytest.raises(UserError, match=r"triton's add_layer_norm takes at most 16384: use --ops.add-layer-norm torch"):
+    with pytest.raises(
+        UserError, match=r"triton's add_layer_norm supports at most 16384: use --ops.add-layer-norm torch"
+    ):
         ops.check_sizes(OpsConfig(add_layer_norm="triton"), 16385, 64)
 
 
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(
-        UserError, match="unknown implementation 'cuda': it is torch, compiled, triton or, of mlp, epilogue"
+        UserError, match="unknown implementation 'cuda': use torch, compiled, triton, or for mlp epilogue"
     ):
         build(OpsConfig(linear="cuda"))
 

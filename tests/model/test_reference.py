@@ -1,4 +1,4 @@
-"""The reference is its formulas: written naively in float64, differentiated by autograd, in every argument."""
+"""The reference equals its formulas, written naively in float64 and differentiated by autograd in every argument."""
 
 import math
 
@@ -22,7 +22,7 @@ def naive_layer_norm(x, w, b, eps):
 
 
 def naive_embedding(wte, wpe, idx, dtype):
-    """One position of one sequence at a time."""
+    """Compute one position of one sequence at a time."""
     B, T = idx.shape
     rows = [wte[token] + wpe[i % T] for i, token in enumerate(idx.flatten().tolist())]
     return torch.stack(rows).view(B, T, -1).to(dtype)
@@ -33,7 +33,7 @@ def naive_add_layer_norm(x, y, w, b, eps):
 
 
 def naive_attention(qkv, n_head):
-    """One query of one head of one sequence at a time."""
+    """Compute one query of one head of one sequence at a time."""
     B, T, C3 = qkv.shape
     C, D = C3 // 3, C3 // 3 // n_head
     rows = []
@@ -92,7 +92,7 @@ CASES = [
 
 
 def arguments(name: str, others: tuple, dtype: torch.dtype) -> tuple:
-    """All but the tensors that get gradients; embedding is told the dtype."""
+    """Return the arguments without gradients; for embedding they include the dtype."""
     return (*others, dtype) if name == "embedding" else others
 
 
@@ -119,7 +119,7 @@ def test_forward_and_every_gradient_are_the_formula_in_float64(name, shapes, oth
     others = arguments(name, others, torch.float64)
     expected = value_and_gradients(NAIVE[name], tensors(shapes), others)
     got = value_and_gradients(getattr(module, name), tensors(shapes), others)
-    # float64 in, float64 out, also for the loss: this file is the truth that kernels are measured against
+    # float64 in, float64 out, for the loss too: the reference in float64 is the truth that kernels are tested against
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -151,7 +151,7 @@ def test_under_autocast_outputs_have_its_dtype(name, shapes, others, stream):
 @pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("stream", DTYPES, ids=str)
-def test_the_embedding_is_added_in_fp32_and_rounded_once_to_the_dtype_that_was_asked_for(stream, autocast, module):
+def test_the_embedding_is_added_in_fp32_and_rounded_once_to_the_given_dtype(stream, autocast, module):
     wte, wpe = tensors([(7, 40), (9, 40)], torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         x = module.embedding(wte, wpe, IDX, stream)
@@ -173,7 +173,7 @@ def test_the_residual_sum_promotes(autocast):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("T", "future"), [(7, 3), (130, 65), (257, 256)], ids=str)
-def test_no_position_sees_or_moves_a_later_one(T, future, dtype):
+def test_no_position_depends_on_a_later_one(T, future, dtype):
     attends(dtype)
     (qkv,) = tensors([(2, T, 3 * 48)], dtype)
     before = OPS.attention(qkv, 3)[:, :future]
@@ -185,7 +185,7 @@ def test_no_position_sees_or_moves_a_later_one(T, future, dtype):
     assert gradient[:, future:].abs().sum() == 0
 
 
-def test_an_ignored_target_counts_neither_in_the_loss_nor_in_the_mean():
+def test_an_ignored_target_counts_neither_in_the_sum_nor_in_the_divisor():
     x, w = tensors([(6, 8), (16, 8)], torch.float32)
     targets = torch.tensor([3, -100, 7, -100, 0, 15])
     kept = targets != -100
@@ -198,7 +198,7 @@ def test_an_ignored_target_counts_neither_in_the_loss_nor_in_the_mean():
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_padded_rows_have_probability_and_gradient_zero(autocast):
     x, w = tensors([(6, 8), (64, 8)], torch.float32)
-    w.data[50:] *= 1e4  # rows that would take all of the probability
+    w.data[50:] *= 1e4  # rows that would get all of the probability
     targets = torch.tensor([3, 49, 7, 11, 0, 15])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         padded = OPS.linear_cross_entropy(x, w, targets, 50)

@@ -1,4 +1,4 @@
-"""Weights rounded once a step: the same numbers as autocast's, from the first loss to the last weight."""
+"""Weights rounded once a step: losses, norms and weights are those of autocast."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def batches(n):
 
 
 def run(model, step, n=8):
-    """Losses, norms and weights after `n` micro-batches."""
+    """Return losses, norms and weights after `n` micro-batches."""
     stream = iter(batches(n))
     done = [x.detach() for _ in range(n // step.accumulation) for x in step(stream, 1e-2)]
     return done + [w.detach() for w in model.parameters()]
@@ -51,14 +51,14 @@ def test_accumulated_steps_are_autocasts_bit_for_bit(precision):
 @pytest.mark.parametrize(
     ("precision", "accumulation"), [("fp32", 2), ("bf16", 1)], ids=["nothing to round", "nothing to gain"]
 )
-def test_no_copies_where(precision, accumulation):
+def test_there_are_no_copies_with(precision, accumulation):
     model = gpt()
     step = TrainingStep(model, optim.adamw(model, 0.1), precision=precision, accumulation=accumulation)
     assert step.rounded is None
     assert step.forward is model
 
 
-def test_the_model_stays_in_fp32_and_shares_all_but_the_matrices():
+def test_the_twin_shares_all_fp32_weights_but_the_matrices():
     model = gpt()
     rounded = Rounded(model, torch.bfloat16)
     ours, twins = dict(model.named_parameters()), dict(rounded.model.named_parameters())
@@ -70,7 +70,7 @@ def test_the_model_stays_in_fp32_and_shares_all_but_the_matrices():
     assert not any(name.startswith("w") for name in copied)
 
 
-def test_what_is_loaded_after_the_step_was_made_is_rounded_at_the_rehearsal():
+def test_weights_loaded_after_the_step_was_made_are_rounded_at_the_rehearsal():
     model, other = gpt(), gpt(seed=2)
     step = TrainingStep(model, optim.adamw(model, 0.1), precision="bf16", accumulation=2)
     model.load_state_dict(other.state_dict())
@@ -81,7 +81,7 @@ def test_what_is_loaded_after_the_step_was_made_is_rounded_at_the_rehearsal():
 
 
 def with_copies():
-    """A step whose optimizer reads and writes the copies, as a compiled one does, with the blocks left uncompiled."""
+    """Return a model and a step whose optimizer reads and writes the copies, as in a compiled step, but uncompiled."""
     model = gpt()
     step = TrainingStep(model, optim.adamw(model, 0.1), precision="bf16", grad_clip=0.5)
     step.copies, step.rounded = "written", Rounded(model, torch.bfloat16, keep_gradients=True)
@@ -90,10 +90,10 @@ def with_copies():
     return model, step
 
 
-def test_adamw_that_rounds_on_its_way_is_torchs():
-    """Weights and moments after a step; and the losses of four more, in which last bits make copies round otherwise.
+def test_adamw_that_writes_the_copies_is_torchs():
+    """Weights and moments agree after a step, and so do the losses of four more, where copies may round differently.
 
-    Not the norms: on a CPU with other bf16 instructions they differ by 1.4e-3, a third of bf16's precision.
+    Norms are not compared: on a CPU with other bf16 instructions they differ by 1.4e-3, a third of bf16's precision.
     """
     (model, step), plain = with_copies(), gpt()
     other = TrainingStep(plain, optim.adamw(plain, 0.1), precision="bf16", grad_clip=0.5)
@@ -109,8 +109,8 @@ def test_adamw_that_rounds_on_its_way_is_torchs():
     torch.testing.assert_close(got[:8:2], expected[:8:2], rtol=1e-3, atol=0)
 
 
-def test_one_update_from_the_same_gradient():
-    """In fp64 for the truth: the pass errs by fp32's rounding."""
+def test_updates_equal_adamws_formula():
+    """The formula in fp64 is the truth, from which the pass differs by fp32's rounding."""
     _, step = with_copies()
     (weight, copy), *_ = step.rounded.copies.items()
     before, gradient = weight.detach().double(), torch.randn(weight.shape).bfloat16()
@@ -135,7 +135,7 @@ def test_a_rehearsal_leaves_no_gradient_in_the_copies():
     assert_equal(list(model.parameters()), before)
 
 
-def test_a_compiled_step_rounds_on_its_way_and_a_checkpoint_of_it_is_torchs(tmp_path):
+def test_a_compiled_step_writes_the_copies_and_torchs_adamw_resumes_from_its_checkpoint(tmp_path):
     from gpt2fast.weights import checkpoint
 
     model = gpt()

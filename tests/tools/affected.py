@@ -21,6 +21,7 @@ CONCERNS_ALL = ("tests/tools/", "tests/conftest.py", "pyproject.toml", ".ci/")
 MUTANTS = "tests/long/test_mutants.py"
 LEANS = {  # file of tests: what it leans on, beside the module whose tests it holds
     "tests/kernels/test_every_kernel.py": "kernels/*.py",
+    "tests/model/test_model_options.py": "gpt2fast/model.py gpt2fast/training/step.py",
     "tests/model/test_backends.py": "kernels/*.py gpt2fast/ops.py gpt2fast/kernels.py",
     "tests/benchmarks/test_aot.py": "kernels/*.py",
     "tests/training/test_exact.py": "gpt2fast/train.py gpt2fast/training/session.py gpt2fast/training/step.py "

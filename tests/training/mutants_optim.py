@@ -25,36 +25,51 @@ MUTANTS = [
         "g = g.float() / divisor",
         "g = g.float()",
         "gradients are not clipped",
-        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
     ),
     Mutant(
         "1 - lr * group",
         "1 - 0 * group",
         "no weight decay",
-        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
     ),
     Mutant(
         "1 - beta2**step",
         "1 - beta2",
+<<<<<<< HEAD
         "the bias of v is not corrected",
         "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+=======
+        "v without its correction",
+        "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
+>>>>>>> 831da0b (Say the model's files and their tests in plain English)
     ),
     Mutant(
         "    copy.copy_(w)\n",
         "",
+<<<<<<< HEAD
         "copies are not updated",
         "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+=======
+        "copies stay what they were",
+        "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
+>>>>>>> 831da0b (Say the model's files and their tests in plain English)
     ),
     Mutant(
         "            copy.grad = None",
         "            pass",
         "gradients add up from step to step",
-        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+        "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
     ),
     Mutant(
         '(*weights, *getattr(optimizer, "copies", {}).values())',
         "weights",
+<<<<<<< HEAD
         "the norm leaves out gradients of copies",
         "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
+=======
+        "a norm without the copies'",
+        "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
+>>>>>>> 831da0b (Say the model's files and their tests in plain English)
     ),
 ]

@@ -61,7 +61,7 @@ BAD = {
     "warm-up": (["--warmup", "21"], None, "--warmup 21 is longer than the run of --steps 20"),
     "run is a path": (["--run", "../x"], None, "--run is '../x': it must be a plain name"),
     "beta": (["--beta2", "1"], None, "--beta2 is 1.0: it must be below 1"),
-    "heads": (["--model.n-head", "3"], None, "n_embd 16 is no multiple of n_head 3"),
+    "heads": (["--model.n-head", "3"], None, "n_embd 16 is not a multiple of n_head 3"),
     "tokenizer file": (["--sample-every", "5", "--tokenizer-file", "data/val.bin"], None, "is not GPT-2's vocab.bpe"),
     "out is a file": (["--out", "data", "--run", "val.bin"], None, "is a file"),
     "no run to resume": (["--resume"], None, "holds no run"),
@@ -114,7 +114,7 @@ def test_resuming_on_other_tokens_is_refused(folder, capsys):
 
 def test_heads_that_a_kernel_cannot_take_are_refused_before_anything_is_written(folder, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(UserError, match="n_head = 8 dimensions, and triton's attention takes 16 to 256"):
+    with pytest.raises(UserError, match="n_head = 8 dimensions, and triton's attention supports 16 to 256"):
         program.main([*tiny.FLAGS, "--ops.attention", "triton"])
     assert not (folder / "out").exists()
 
