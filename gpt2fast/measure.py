@@ -210,7 +210,7 @@ def verdict(
     floor: float,
     whose: str = "torch's",
 ) -> str:
-    """Return what is wrong with results of the errors `wrong`, "" if nothing; `allowed` are those of `whose` results."""
+    """Return what is wrong with results of the errors `wrong`, "" if nothing; `allowed` are those of `whose`."""
     like = [x for call in made for x in (*call.cotangents, *call.leaves)]
     for i, (g, x, mine, theirs) in enumerate(zip(got, like, wrong, allowed)):
         if (g.shape, g.dtype) != (x.shape, x.dtype):

@@ -9,7 +9,7 @@ from gpt2fast import ops
 from gpt2fast.machine.device import autocast
 from gpt2fast.model import GPT, GPTConfig
 from gpt2fast.training import optim
-from gpt2fast.training.step import TrainingStep, compiled
+from gpt2fast.training.step import TrainingStep, compile_model
 
 OPS = ops.build(ops.OpsConfig())
 TINY = GPTConfig(n_layer=2, n_head=3, n_embd=24, block_size=16, vocab_size=70)  # padded to 128
@@ -150,7 +150,7 @@ def test_compiled_and_recomputed(precision, whole):
     results = []
     for recompute in (False, True):
         model = GPT(TINY, OPS, recompute=recompute)
-        forward = torch.compile(model, fullgraph=True) if whole else compiled(model, torch.device("cpu"))
+        forward = torch.compile(model, fullgraph=True) if whole else compile_model(model, torch.device("cpu"))
         with autocast(torch.device("cpu"), precision):
             loss = forward(tokens(3, 9), tokens(3, 9, seed=1))
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])

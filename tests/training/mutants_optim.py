@@ -36,24 +36,14 @@ MUTANTS = [
     Mutant(
         "1 - beta2**step",
         "1 - beta2",
-<<<<<<< HEAD
-        "the bias of v is not corrected",
-        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
-=======
         "v without its correction",
         "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
->>>>>>> 831da0b (Say the model's files and their tests in plain English)
     ),
     Mutant(
         "    copy.copy_(w)\n",
         "",
-<<<<<<< HEAD
-        "copies are not updated",
-        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
-=======
         "copies stay what they were",
         "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
->>>>>>> 831da0b (Say the model's files and their tests in plain English)
     ),
     Mutant(
         "            copy.grad = None",
@@ -64,12 +54,7 @@ MUTANTS = [
     Mutant(
         '(*weights, *getattr(optimizer, "copies", {}).values())',
         "weights",
-<<<<<<< HEAD
-        "the norm leaves out gradients of copies",
-        "model/test_rounded.py::test_adamw_that_rounds_on_its_way_is_torchs",
-=======
         "a norm without the copies'",
         "model/test_rounded.py::test_adamw_that_writes_the_copies_is_torchs",
->>>>>>> 831da0b (Say the model's files and their tests in plain English)
     ),
 ]

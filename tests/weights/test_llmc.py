@@ -27,11 +27,7 @@ def test_llmc(tmp_path, version, dtype):
         (3, 0, "impossible header: vocab_size is 0"),
         (3, 129, "128 rows cannot hold a vocabulary of 129"),
         (4, 2**31 - 1, "header means"),
-<<<<<<< HEAD
-        (5, 3, "n_embd 16 .*n_head 3"),
-=======
         (5, 3, "n_embd 16 is not a multiple of n_head 3"),
->>>>>>> 831da0b (Say the model's files and their tests in plain English)
         (6, -16, "n_embd is -16"),
         (7, 256, "header means"),
     ],
