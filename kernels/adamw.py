@@ -1,6 +1,6 @@
 """AdamW for all parameters in one launch, after a tiny one that counts the step; the norm of all gradients in another.
 
-    g = dw / shorten,                         shorten = max(1, |all dw| / longest), on the device: the host never waits
+    g = dw / divisor,                         divisor = max(1, |all dw| / longest), on the device: the host never waits
     m += (1 - beta1) (g - m),                 v += (1 - beta2) (g^2 - v)
     w -= lr decay w + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps),      copy = w rounded, if there is one
 
@@ -11,7 +11,7 @@ Traffic   norm: read dw. Update: 28 bytes per element of a matrix of the blocks 
               norm 0.33 GB + update 3.49 GB = 3.81 GB.
           PyTorch: the blocks' gradients converted to fp32 (2 + 4), norm 4, fused AdamW 28, weights rounded (4 + 2):
               0.51 + 0.50 + 3.49 + 0.51 = 5.00 GB, 1.3 times as much, and 1 GB for each further micro-batch.
-Skipping  A step whose `shorten` is not finite (because |all dw| is not) is skipped: nothing is written, no step is
+Skipping  A step whose `divisor` is not finite (because |all dw| is not) is skipped: nothing is written, no step is
           counted, and the host need not know. So t is kept on the device, and what depends on it is computed there.
 Table     One row of numbers per tensor: the addresses, dtypes, length. Kernels read it from memory, so a launch takes
           any number of tensors; each program takes a chunk, that is, a row and a place in its tensor. Addresses are
@@ -64,7 +64,7 @@ def _gradient(address, dtype, start, end, BLOCK: tl.constexpr, WHOLE: tl.constex
 
 @triton.jit
 def _update(
-    g_at, m_at, v_at, w_at, copy_at, g_dtype, copy_dtype, shorten, beta1, beta2, eps, decay, rate, correction,
+    g_at, m_at, v_at, w_at, copy_at, g_dtype, copy_dtype, divisor, beta1, beta2, eps, decay, rate, correction,
     start, end, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Update elements start .. end - 1, given addresses, dtypes, numbers; `beta1`, `beta2` are 1 - beta1, 1 - beta2."""
@@ -75,7 +75,7 @@ def _update(
     m = tl.load(m_ptrs, mask=mask, other=0.0)
     v = tl.load(v_ptrs, mask=mask, other=0.0)
     w = tl.load(w_ptrs, mask=mask, other=0.0)
-    g = _gradient(g_at, g_dtype, start, end, BLOCK, WHOLE) / shorten
+    g = _gradient(g_at, g_dtype, start, end, BLOCK, WHOLE) / divisor
     m += beta1 * (g - m)
     v += beta2 * (g * g - v)
     w -= decay * w + rate * m / (tl.sqrt(v) * correction + eps)
@@ -100,12 +100,12 @@ def _chunk(chunks_ptr, table_ptr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _adamw_count_kernel(table_ptr, numbers_ptr, shorten_ptr, n, BLOCK: tl.constexpr):
+def _adamw_count_kernel(table_ptr, numbers_ptr, divisor_ptr, n, BLOCK: tl.constexpr):
     """Count a step of each of `n` tensors, unless it is skipped, and compute the numbers that depend on it."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < n
     step_ptrs = tl.load(table_ptr + row * COLUMNS + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-    counts = tl.load(shorten_ptr) < float("inf")
+    counts = tl.load(divisor_ptr) < float("inf")
     t = tl.load(step_ptrs, mask=mask, other=0.0) + tl.where(counts, 1.0, 0.0)
     tl.store(step_ptrs, t, mask=mask)
     numbers_ptrs = numbers_ptr + row * NUMBERS
@@ -123,7 +123,7 @@ def _number(numbers_ptr, column):
 
 
 @triton.jit
-def _adamw_kernel(table_ptr, chunks_ptr, numbers_ptr, shorten_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _adamw_kernel(table_ptr, chunks_ptr, numbers_ptr, divisor_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     tensor, row_ptr, first, end, aligned = _chunk(chunks_ptr, table_ptr, CHUNK)
     g_at, m_at, v_at = tl.load(row_ptr + G), tl.load(row_ptr + M), tl.load(row_ptr + V)
     w_at, copy_at = tl.load(row_ptr + W), tl.load(row_ptr + COPY)
@@ -132,17 +132,17 @@ def _adamw_kernel(table_ptr, chunks_ptr, numbers_ptr, shorten_ptr, CHUNK: tl.con
     beta1, beta2 = _number(numbers_ptr, BETA1), _number(numbers_ptr, BETA2)
     eps, decay = _number(numbers_ptr, EPS), _number(numbers_ptr, DECAY)
     rate, correction = _number(numbers_ptr, RATE), _number(numbers_ptr, CORRECTION)
-    shorten = tl.load(shorten_ptr)
-    end = tl.where(shorten < float("inf"), end, first)  # inf or NaN: the step is skipped
+    divisor = tl.load(divisor_ptr)
+    end = tl.where(divisor < float("inf"), end, first)  # inf or NaN: the step is skipped
     for start in range(first, end, BLOCK):
         if aligned & (start + BLOCK <= end):
             _update(
-                g_at, m_at, v_at, w_at, copy_at, g_dtype, copy_dtype, shorten, beta1, beta2, eps, decay, rate,
+                g_at, m_at, v_at, w_at, copy_at, g_dtype, copy_dtype, divisor, beta1, beta2, eps, decay, rate,
                 correction, start, end, BLOCK, True,
             )  # fmt: skip
         else:
             _update(
-                g_at, m_at, v_at, w_at, copy_at, g_dtype, copy_dtype, shorten, beta1, beta2, eps, decay, rate,
+                g_at, m_at, v_at, w_at, copy_at, g_dtype, copy_dtype, divisor, beta1, beta2, eps, decay, rate,
                 correction, start, end, BLOCK, False,
             )  # fmt: skip
 
@@ -248,18 +248,18 @@ def gradient_norm(table: ParameterTable) -> Tensor:
     return parts.sum().sqrt()
 
 
-def adamw_(table: ParameterTable, shorten: Tensor) -> None:
-    """Update every parameter of `table` by its numbers; gradients are divided by `shorten` (0-d, fp32). If that is not
+def adamw_(table: ParameterTable, divisor: Tensor) -> None:
+    """Update every parameter of `table` by its numbers; gradients are divided by `divisor` (0-d, fp32). If that is not
     finite, nothing changes."""
     if n := len(table.tensors):
         with torch.cuda.device_of(table.tensors):
             _adamw_count_kernel[(triton.cdiv(n, COUNTED),)](
-                table_ptr=table.tensors, numbers_ptr=table.numbers, shorten_ptr=shorten, n=n, BLOCK=COUNTED,
+                table_ptr=table.tensors, numbers_ptr=table.numbers, divisor_ptr=divisor, n=n, BLOCK=COUNTED,
                 num_warps=4,
             )  # fmt: skip
     if len(table.chunks):
         with torch.cuda.device_of(table.chunks):
             _adamw_kernel[(len(table.chunks),)](
-                table_ptr=table.tensors, chunks_ptr=table.chunks, numbers_ptr=table.numbers, shorten_ptr=shorten,
+                table_ptr=table.tensors, chunks_ptr=table.chunks, numbers_ptr=table.numbers, divisor_ptr=divisor,
                 **launch.adamw_chunk()._asdict(),
             )  # fmt: skip

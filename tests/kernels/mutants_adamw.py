@@ -13,7 +13,7 @@ MUTANTS = [
         "test_as_accurate_as_torchs_over_several_steps",
     ),
     Mutant(
-        "BLOCK, WHOLE) / shorten",
+        "BLOCK, WHOLE) / divisor",
         "BLOCK, WHOLE)",
         "gradients are not clipped",
         "test_as_accurate_as_torchs_over_several_steps",
@@ -38,7 +38,7 @@ MUTANTS = [
         "test_as_accurate_as_torchs_over_several_steps",
     ),
     Mutant(
-        'end = tl.where(shorten < float("inf"), end, first)',
+        'end = tl.where(divisor < float("inf"), end, first)',
         "end = end",
         "NaN gradients are applied",
         "training/test_step.py::test_weights_moments_and_step_counts_stay_bit_for_bit",

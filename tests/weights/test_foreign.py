@@ -110,7 +110,7 @@ def test_writing_to_a_tensor_does_not_change_its_file(tmp_path):
         ({"n_inner": 100}, "n_inner is 100: GPT-2 has None or 64"),
         ({"model_type": "llama"}, "model_type is 'llama': only 'gpt2'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"n_head": None}, "n_head is None: a whole number"),
+        ({"n_head": None}, "n_head is None: it must be a whole number"),
         ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
         ({"n_layer": 10**9}, "n_layer is 1000000000, but there are only 28 tensors"),
         ({"n_layer": 1}, "not GPT-2's: h.1.attn.c_attn.bias, .* and 9 more"),
