@@ -113,7 +113,8 @@ def runnable(config: OpsConfig, device: str) -> tuple[OpsConfig, str]:
             reasons.append(str(error).partition(": ")[0])
     if not lost:
         return config, ""
-    names = ", ".join(f"{op}={name}" for op, name in lost.items())
+    of_all = len(lost) == len(NAMES) and len(set(lost.values())) == 1
+    names = f"{lost[NAMES[0]]} ops" if of_all else ", ".join(f"{op}={name}" for op, name in lost.items())
     torch_only: dict = dict.fromkeys(lost, "torch")
     return replace(config, **torch_only), f"{names}, which cannot run here ({reasons[0]})"
 

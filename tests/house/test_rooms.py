@@ -20,6 +20,15 @@ def test_the_folders_of_gpt2fast_are_those_of_the_plan():
     assert found == set(FOLDERS)
 
 
+LARGEST = 305  # "about 300"
+
+
+def test_no_file_is_longer_than_about_300_lines():
+    tests = (path.relative_to(CHECKOUT).as_posix() for path in TESTS.rglob("*.py"))
+    lines = {path: len((CHECKOUT / path).read_text().splitlines()) for path in (*FILES, *tests)}
+    assert {path: n for path, n in lines.items() if n > LARGEST} == {}
+
+
 def imported(path) -> set[str]:
     """What a file imports of tests/, as folder.module.name, also inside functions."""
     nodes = ast.walk(ast.parse(path.read_text()))

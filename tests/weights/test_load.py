@@ -146,6 +146,8 @@ def test_torch_replaces_what_cannot_run_here_and_a_line_says_so(run, tmp_path, m
         "(the triton backend needs a CUDA GPU, and this run is on cpu): torch is used instead"
     ]
     assert same(load.load_model(trained, CPU, say=said.append), load.load_model(run, CPU))
+    _, why = ops.runnable(ops.OpsConfig().with_backend("triton"), "cpu")
+    assert why.startswith("triton ops, which cannot run here (")
     with pytest.raises(UserError, match="triton"):  # named explicitly: refused
         load.load_model(trained, CPU, "triton")
 
