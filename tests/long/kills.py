@@ -1,10 +1,10 @@
-"""What does kill -9 cost? `python -m tests.long.kills`: a run is killed again and again, and each time resumed.
+"""The cost of kill -9, measured: `python -m tests.long.kills` kills a run many times and resumes it each time.
 
-The moments are random, and of five kinds: before the first step, between steps and in them, in the writing of a
-checkpoint (twice as often), after its renaming, and in the deletion of the one before it. What each kill hit is told
-from the folder that it left. Each time no more steps may be lost than lie between two checkpoints, and the newest one
-must be whole, with the weights and moments, bit for bit, that a run which nobody disturbed has at that step; so the run
-goes on as that one, and at the end their weights, moments and losses must be the same.
+The moments are random, and of five kinds: before the first step, within or between steps, while a checkpoint is written
+(twice as often), after its renaming, and while the one before it is deleted. What each kill interrupted is inferred
+from the folder that it left. Each time at most the steps between two checkpoints may be lost, and the newest checkpoint
+must be complete, with weights and moments that equal, bit for bit, those of an uninterrupted run at that step. So the
+run continues like that one, and at the end their weights, moments and losses must be the same.
 """
 
 import argparse
@@ -28,11 +28,12 @@ from gpt2fast.errors import RunError, UserError
 from gpt2fast.machine import versions
 from gpt2fast.training import run
 from gpt2fast.weights import checkpoint
-from tests.long import small
+from tests.long import process
+from tests.tools import tiny
 from tests.tools.programs import Program
 
 EVERY = 3  # steps between checkpoints, of which the newest one is kept
-PATIENCE = 900.0  # seconds, that only a hang takes
+PATIENCE = 900.0  # seconds that only a hang takes
 # what must appear in the folder of checkpoints, and the most seconds to wait after that
 KINDS: dict[str, tuple[str | None, float]] = {
     "writing": (r"\..*\.tmp", 0.02),
@@ -43,94 +44,99 @@ KINDS |= {"starting": (None, 0.6), "stepping": (r"", 0.3)}  # after the process'
 TURNS = "starting", "writing", "renaming", "stepping", "writing", "deleting"
 DURING_A_CHECKPOINT = {"writing", "renamed", "deleting"}
 FILES = "model.safetensors", "optimizer.safetensors"
-FLAGS = (*small.FLAGS, "--model.vocab-size", "256")  # small checkpoints, since the undisturbed run keeps all of its
+FLAGS = (*tiny.FLAGS, "--total-batch", "64", "--compile", "off", "--deterministic", "--val-every", "0")
 
 
 def entries(checkpoints: Path) -> set[tuple[str, int]]:
-    """Name and inode of all that is there: a folder of the same name that was made again is another one."""
+    """Return the name and inode of each entry: a folder that was made again under the same name is a different one."""
     found = set()
     for path in checkpoints.iterdir():
         try:
             found.add((path.name, path.stat().st_ino))
-        except FileNotFoundError:  # renamed or deleted meanwhile
+        except FileNotFoundError:  # renamed or deleted in the meantime
             continue
     return found
 
 
-def wait(process: Program | subprocess.Popen, folder: Path, ready: Callable[[], bool]) -> None:
+def wait(victim: Program | subprocess.Popen, folder: Path, ready: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not ready():
-        if process.poll() is not None or time.monotonic() > end:
-            raise RunError(f"the run ended by itself, or came to nothing in {PATIENCE:.0f} s: {small.said(folder)}")
+        if victim.poll() is not None or time.monotonic() > end:
+            raise RunError(f"the run ended by itself, or did nothing for {PATIENCE:.0f} s: {process.printed(folder)}")
         time.sleep(0.0001)
 
 
 def phase(before: set, after: set, metrics_before: int, metrics_after: int) -> str:
-    """What a process was doing when it was killed, by what it left in the folder of checkpoints, and metrics' inode."""
+    """Return what a process was doing when it was killed, from the checkpoints' folder and metrics.jsonl's inode."""
     fresh = [name for name, _ in after - before]
     for name in ("deleting", "writing"):
         if any(re.fullmatch(KINDS[name][0] or "", each) for each in fresh):
             return name
-    whole = [name for name, _ in after if re.fullmatch(KINDS["renaming"][0] or "", name)]
-    if len(whole) > 1 and any(name in whole for name in fresh):
+    complete = [name for name, _ in after if re.fullmatch(KINDS["renaming"][0] or "", name)]
+    if len(complete) > 1 and any(name in complete for name in fresh):
         return "renamed"
     return "starting" if metrics_before == metrics_after else "stepping"
 
 
 def kill(folder: Path, flags: Sequence[str], kind: str, delay: float) -> dict:
-    """Resume the run, kill it at that moment -> what it hit and what it cost."""
+    """Resume the run, kill it at that moment, and return what that interrupted and what it cost."""
     out = folder / "out" / "killed"
     checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
     before, metrics_before = entries(checkpoints), metrics.stat().st_ino
-    resumed, _ = small.newest(checkpoints)
+    resumed, _ = newest(checkpoints)
     start = time.monotonic()
-    process = small.start(folder, *flags, "--resume")
+    victim = process.start(folder, *flags, "--resume")
     pattern, _ = KINDS[kind]
     try:
         if pattern is not None:
-            # what an earlier kill left is swept before the first step, and must not be mistaken for this one's
-            wait(process, folder, lambda: metrics.stat().st_ino != metrics_before)
+            # what an earlier kill left is removed before the first step, and must not be mistaken for this one's
+            wait(victim, folder, lambda: metrics.stat().st_ino != metrics_before)
         if pattern:
             old = entries(checkpoints)
-            wait(process, folder, lambda: any(re.fullmatch(pattern, name) for name, _ in entries(checkpoints) - old))
+            wait(victim, folder, lambda: any(re.fullmatch(pattern, name) for name, _ in entries(checkpoints) - old))
         time.sleep(delay)
     finally:
         with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        process.wait()
+            victim.send_signal(signal.SIGKILL)
+        victim.wait()
     after = time.monotonic() - start
-    hit = phase(before, entries(checkpoints), metrics_before, metrics.stat().st_ino)
-    newest, path = small.newest(checkpoints)
+    interrupted = phase(before, entries(checkpoints), metrics_before, metrics.stat().st_ino)
+    step, path = newest(checkpoints)
     bits = digest(path)
     reached = max((row["step"] for row in run.read_metrics(metrics)), default=0)
-    if process.returncode != -9:
-        raise RunError(f"the run ended with {process.returncode} before it was killed: {small.said(folder)}")
+    if victim.returncode != -9:
+        raise RunError(f"the run ended with {victim.returncode} before it was killed: {process.printed(folder)}")
     return {
-        "kind": kind, "delay_ms": round(delay * 1e3, 2), "seconds": round(after, 3), "phase": hit, "from": resumed,
-        "reached": reached, "newest": newest, "lost": reached - newest,
+        "kind": kind, "delay_ms": round(delay * 1e3, 2), "seconds": round(after, 3), "phase": interrupted,
+        "from": resumed, "reached": reached, "newest": step, "lost": reached - step,
         "bits": bits,
     }  # fmt: skip
 
 
+def newest(checkpoints: Path) -> tuple[int, Path]:
+    """Return step and folder of the newest checkpoint."""
+    return checkpoint.list_checkpoints(checkpoints)[-1]
+
+
 def digest(path: Path) -> str:
-    """Of a checkpoint's weights and moments. UserError if it is not whole."""
+    """Return a hash of a checkpoint's weights and moments. UserError if the checkpoint is not complete."""
     checkpoint.read_state(path)
     return hashlib.sha256(b"".join((path / name).read_bytes() for name in FILES)).hexdigest()[:16]
 
 
 def whole_run(folder: Path, *flags: str) -> None:
-    process = small.start(folder, *flags)
-    process.wait()
-    if process.returncode:
-        raise RunError(f"a run ended with {process.returncode}: {small.said(folder)}")
+    whole = process.start(folder, *flags)
+    whole.wait()
+    if whole.returncode:
+        raise RunError(f"a run ended with {whole.returncode}: {process.printed(folder)}")
 
 
 def same(folder: Path, rows: Sequence[dict]) -> list[str]:
-    """What differs between the killed run and the straight one, after each kill and at the end; nothing should."""
+    """Return what differs between the killed run and the uninterrupted one, after each kill and at the end."""
     kept = {step: digest(path) for step, path in checkpoint.list_checkpoints(folder / "out/straight/checkpoints")}
     different = [f"step {row['newest']} after kill {row['kill']}" for row in rows if row["bits"] != kept[row["newest"]]]
     killed, straight = (folder / "out" / name for name in ("killed", "straight"))
-    paths = [small.newest(out / "checkpoints")[1] for out in (killed, straight)]
+    paths = [newest(out / "checkpoints")[1] for out in (killed, straight)]
     different += [name for name in FILES if len({(path / name).read_bytes() for path in paths}) > 1]
     states = [{name: checkpoint.read_state(path)[name] for name in ("step", "position")} for path in paths]
     different += [name for name in states[0] if states[0][name] != states[1][name]]
@@ -145,9 +151,12 @@ def same(folder: Path, rows: Sequence[dict]) -> list[str]:
 
 
 def kills(folder: Path, number: int, seed: int, say: Callable[[dict], None]) -> dict:
-    """Kill a run in `folder` so often, telling of each kill; let it end, and a straight one too -> what that shows."""
+    """Kill a run in `folder` `number` times, let it end, and compare it with an uninterrupted one.
+
+    `say` receives a row for each kill.
+    """
     moments = random.Random(seed)
-    small.write_data(folder)
+    tiny.write_data(folder / "data", n=3000)
     flags = [*FLAGS, "--steps", "100000", "--checkpoint-every", str(EVERY), "--keep", "1", "--run", "killed"]
     whole_run(folder, *flags, "--stop-at", str(EVERY))
     rows = []
@@ -167,7 +176,7 @@ def kills(folder: Path, number: int, seed: int, say: Callable[[dict], None]) -> 
 
 def describe(row: dict) -> str:
     return (
-        f"kill {row['kill']:>3}  {row['kind']:<9} {row['seconds']:6.3f} s after the start, hit it {row['phase']:<9} "
+        f"kill {row['kill']:>3}  {row['kind']:<9} {row['seconds']:6.3f} s after the start, while {row['phase']:<9} "
         f"resumed from {row['from']:>4}, reached {row['reached']:>4}, kept {row['newest']:>4}, lost {row['lost']}"
     )
 
@@ -175,7 +184,7 @@ def describe(row: dict) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m tests.long.kills", description=__doc__.splitlines()[0])
     p.add_argument("--kills", type=int, default=100)
-    p.add_argument("--seed", type=int, default=0, help="of the moments")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
     return p
 
@@ -197,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
     harness.append_row(path, {"suite": "kills", "seconds": seconds, **found, "machine": versions.record()})
     hit = ", ".join(f"{n} {name}" for name, n in sorted(found["phases"].items()))
     print(f"{found['kills']} kills in {seconds:,.0f} s: {hit}; at most {found['most_lost']} steps lost of {EVERY}")
-    print(f"step {found['steps']} beside a run that nobody disturbed: {found['different'] or 'the same bits'}")
+    print(f"step {found['steps']}, compared with an uninterrupted run: {found['different'] or 'the same bits'}")
     return int(bool(found["different"]) or found["most_lost"] > EVERY)
 
 

@@ -1,11 +1,11 @@
-"""Does every option learn alike? `python -m tests.long.options`: 200 steps of nano with each, beside other seeds.
+"""A check that every option learns alike: `python -m tests.long.options` compares 200 steps of nano with other seeds'.
 
-An option (an op of ours, our optimizer, a stream in bf16, activation checkpointing, ...) changes speed and memory, and
-rounds otherwise. So it must not move the loss farther than chance does: in each window of 20 steps, its mean loss is
-nearer to that of the torch backend with the same seed than the torch backend's seeds are to each other at their
-farthest. Without a GPU, what needs Triton runs in its interpreter and therefore in fp32, all else in bf16; on a GPU all
-is bf16 and compiled. Each run is a process of its own and a row with every loss; two of the narrower batches that are
-the default here take seconds a step in the interpreter, since each has 256 x 50,304 logits.
+An option (a kernel, our optimizer, a residual stream in bf16, activation checkpointing, ...) changes speed, memory and
+rounding. So it must not change the loss more than another seed does: in each window of 20 steps, its mean loss must be
+closer to that of the torch backend with the same seed than the torch backend's seeds are to each other at most. Without
+a GPU, options that need Triton run in its interpreter and therefore in fp32, all others in bf16; on a GPU all run in
+bf16 and compiled. Each run is a separate process and a row with every loss. The default batch of 2 sequences is small,
+since the interpreter takes seconds for a step of 256 x 50,304 logits.
 """
 
 import argparse
@@ -36,11 +36,11 @@ LIMIT = 7200.0  # seconds of a run
 
 @dataclass(frozen=True)
 class Option:
-    """Settings of a run that differ from the torch backend's. `triton`: without a GPU it is interpreted."""
+    """The settings of a run that differ from the torch backend's. `triton`: interpreted without a GPU."""
 
     changes: dict = field(default_factory=dict)
     triton: bool = False
-    cuda: bool = False  # makes no sense elsewhere
+    cuda: bool = False  # works on CUDA only
 
 
 OPTIONS = {
@@ -53,7 +53,7 @@ OPTIONS |= {
     "all ours": Option({"backend": "triton", "optimizer": "triton"}, triton=True),
     "residual": Option({"residual": "low"}),
     "checkpointing": Option({"recompute": True}),
-    "accumulation": Option({"batch_size": 1}),  # so the blocks' weights are rounded once a step
+    "accumulation": Option({"batch_size": 1}),  # with several micro-batches, weights are rounded once a step
     "compile": Option({"compile": "on"}),
     "cuda graph": Option({"cuda_graph": True}, cuda=True),
 }
@@ -64,7 +64,7 @@ def precision(option: Option, device: torch.device) -> Precision:
 
 
 def settings(option: Option, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> TrainConfig:
-    """nano, with nothing between its steps."""
+    """Return the settings of nano, without validation, samples and checkpoints."""
     nano = replace(
         PRESETS["nano"], batch_size=options.batch_size, total_batch=options.batch_size * PRESETS["nano"].seq_len,
         steps=options.steps, seed=seed, precision=precision, device=options.device, val_every=0, sample_every=0,
@@ -75,7 +75,7 @@ def settings(option: Option, seed: int, precision: Precision, options: argparse.
 
 
 def one(name: str, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> None:
-    """A run in this process; its losses as JSON into `out`."""
+    """Train in this process, and write the losses to `out` as JSON."""
     from gpt2fast.train import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ def one(name: str, seed: int, precision: Precision, options: argparse.Namespace,
 
 
 def apart(name: str, seed: int, precision: str, options: argparse.Namespace, interpret: bool) -> dict:
-    """The same in a process of its own -> a row."""
+    """Train in a separate process, and return a row."""
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "losses.json", Path(folder) / "log"
         arguments = ["--device", options.device, "--steps", options.steps, "--batch-size", options.batch_size]
@@ -109,12 +109,12 @@ def describe(row: dict) -> str:
 
 
 def windows(losses: Sequence[float]) -> list[float]:
-    """Means of WINDOW steps; of what there is, where that is less."""
+    """Return the means of WINDOW steps each; the last window may be shorter."""
     return [statistics.fmean(losses[i : i + WINDOW]) for i in range(0, len(losses), WINDOW)]
 
 
 def verdicts(rows: Sequence[dict]) -> list[dict]:
-    """For each option: how far it strays from the reference of its seed at most, as a share of the seeds' spread."""
+    """Return each option's largest difference from the reference of its seed, as a share of the seeds' spread."""
     found = []
     for kind in dict.fromkeys(row["precision"] for row in rows):
         good = [row for row in rows if row["precision"] == kind and row["status"] == "ok"]
@@ -125,22 +125,22 @@ def verdicts(rows: Sequence[dict]) -> list[dict]:
         for row in good:
             if row["option"] != "torch":
                 pairs = zip(windows(row["losses"]), reference[row["seed"]], spread)
-                strays = [(abs(a - b), abs(a - b) / s) for a, b, s in pairs]
-                nats, share = max(strays, key=lambda stray: stray[1])
+                differences = [(abs(a - b), abs(a - b) / s) for a, b, s in pairs]
+                nats, share = max(differences, key=lambda difference: difference[1])
                 found.append({"option": row["option"], "precision": kind, "nats": nats, "share": share})
     return found
 
 
 def table(found: Sequence[dict]) -> str:
-    lines = [f"{'option':<24}{'precision':<11}{'farthest, nats':>15}{'of the seeds spread':>21}"]
+    lines = [f"{'option':<24}{'precision':<11}{'largest, nats':>15}{'of seeds spread':>21}"]
     for row in found:
-        late = "" if row["share"] <= 1 else "  BEYOND IT"
-        lines.append(f"{row['option']:<24}{row['precision']:<11}{row['nats']:>15.4f}{row['share']:>20.0%}{late}")
+        mark = "" if row["share"] <= 1 else "  TOO FAR"
+        lines.append(f"{row['option']:<24}{row['precision']:<11}{row['nats']:>15.4f}{row['share']:>20.0%}{mark}")
     return "\n".join(lines)
 
 
 def plan(names: Sequence[str], device: torch.device) -> list[tuple[str, int, str, bool]]:
-    """(option, seed, precision, interpreted?) of every run: the slowest, the interpreted ones, first."""
+    """Return (option, seed, precision, interpreted?) of every run: the interpreted ones, which are slowest, first."""
     chosen = {name: OPTIONS[name] for name in names if device.type == "cuda" or not OPTIONS[name].cuda}
     kinds = dict.fromkeys(precision(option, device) for option in chosen.values())
     runs = [(name, SEEDS[0], precision(o, device), o.triton and device.type == "cpu") for name, o in chosen.items()]
@@ -150,19 +150,19 @@ def plan(names: Sequence[str], device: torch.device) -> list[tuple[str, int, str
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m tests.long.options", description=__doc__.splitlines()[0])
-    p.add_argument("--option", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="only these")
+    p.add_argument("--option", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="run only these")
     p.add_argument("--steps", type=int, default=200)
     p.add_argument("--batch-size", type=int, default=2, help="sequences of 128 tokens in a step")
     p.add_argument("--device", default="auto")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, on a CPU")
     p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
-    p.add_argument("--only", nargs=4, help=argparse.SUPPRESS)  # what a run's process gets
+    p.add_argument("--only", nargs=4, help=argparse.SUPPRESS)  # for the process of one run
     return p
 
 
 def main(argv: Sequence[str], do: Callable[..., dict] = apart) -> int:
     options = parser().parse_args(argv)
-    device = pick_device(options.place.device)
+    device = pick_device(options.device)
     options.device = str(device)
     for name in ("steps", "batch_size", "jobs"):
         if getattr(options, name) < 1:

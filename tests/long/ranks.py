@@ -1,8 +1,8 @@
-"""Do N processes train what one does, and how much faster? `python -m tests.long.ranks`: torchrun, 1, 2 and 4 of them.
+"""Losses and speed of several processes compared with one: `python -m tests.long.ranks` runs torchrun with 1, 2 and 4.
 
-The same run each time, with the same tokens in each step: one process adds up as many micro-batches as all the others
-have together. Losses and norms are compared step by step; beside them tokens/s. Each process has one CPU thread, as of
-torchrun, and on a machine with GPUs a GPU of its own; without one, Triton's kernels are interpreted.
+Each run has the same tokens in each step: one process accumulates as many micro-batches as N processes have together.
+Losses and norms are compared step by step, and tokens/s are reported. Each process has one CPU thread, as torchrun sets
+it, and one GPU if the machine has any; without a GPU, Triton's kernels are interpreted.
 """
 
 import argparse
@@ -23,20 +23,19 @@ from gpt2fast.command import run_main
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.machine import versions
 from gpt2fast.training import run
-from tests.long import small
+from tests.tools import tiny
 
-FLAGS = {  # by backend: nano; and a model that the interpreter gets through
+FLAGS = {  # by backend: nano, and a model that is small enough for the interpreter
     "torch": "nano --precision fp32 --total-batch 8192 --steps 10 --warmup 2 --sample-every 0 --val-every 5",
-    "triton": "nano --precision fp32 --model.n-layer 1 --model.n-head 1 --model.n-embd 16 --model.block-size 16 "
-    "--model.vocab-size 256 --data data --batch-size 2 --seq-len 16 --total-batch 128 --steps 4 --warmup 1 "
-    "--sample-every 0 --val-every 2 --val-batches 4 --optimizer triton",
+    "triton": f"{shlex.join(tiny.FLAGS)} --model.n-head 1 --total-batch 128 --steps 4 --warmup 1 --val-every 2 "
+    "--val-batches 4 --optimizer triton --device auto",
 }
 INTERPRETED = {"torch": {}, "triton": {"TRITON_INTERPRET": "1"}}
 ULP = 2**-23  # fp32's, of numbers between 1 and 2
 
 
 def train(folder: Path, size: int, backend: str, flags: Sequence[str]) -> list[dict]:
-    """The rows of metrics.jsonl of a run on `size` processes. RunError if it fails."""
+    """Train on `size` processes, and return the rows of metrics.jsonl. RunError if the run fails."""
     name = f"{backend}{size}"
     python = [sys.executable, "-m"]
     if size > 1:
@@ -50,15 +49,15 @@ def train(folder: Path, size: int, backend: str, flags: Sequence[str]) -> list[d
 
 
 def numbers(rows: Sequence[dict]) -> list[float]:
-    """Losses, norms and validation losses, in order."""
+    """Return losses, norms and validation losses, in order."""
     return [row[name] for row in rows for name in ("loss", "grad_norm", "val_loss") if name in row]
 
 
 def compare(rows: Sequence[dict], one: Sequence[dict]) -> dict:
-    """The largest relative difference from the run of one process, and how fast the steps after the first were."""
+    """Return the largest relative difference from the run of one process, and the speed after the first step."""
     got, expected = numbers(rows), numbers(one)
     if len(got) != len(expected):
-        raise RunError(f"one run left {len(got)} numbers, the other {len(expected)}: they took other steps")
+        raise RunError(f"one run has {len(got)} losses and norms, the other {len(expected)}: their steps differ")
     worst = max(abs(a - b) / abs(b) for a, b in zip(got, expected))
     speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     return {
@@ -72,9 +71,9 @@ def compare(rows: Sequence[dict], one: Sequence[dict]) -> dict:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m tests.long.ranks", description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes; 1 is always there")
+    p.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes; 1 is always included")
     p.add_argument("--backend", choices=sorted(FLAGS), default="torch")
-    p.add_argument("--flags", help="of gpt2fast.train, instead of the small run's; the last of two counts")
+    p.add_argument("--flags", help="flags of gpt2fast.train that override the small run's")
     p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
     return p
 
@@ -83,12 +82,12 @@ def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus < max(options.sizes):
-        raise UserError(f"--sizes asks for {max(options.sizes)} processes, and there are {gpus} GPUs, one for each")
+        raise UserError(f"--sizes has {max(options.sizes)} processes and this machine {gpus} GPUs: give at most {gpus}")
     path = options.file or harness.results_file("ranks")
     one: list[dict] = []
     flags = [*shlex.split(FLAGS[options.backend]), *shlex.split(options.flags or "")]
     with tempfile.TemporaryDirectory() as folder:
-        small.write_data(Path(folder))
+        tiny.write_data(Path(folder) / "data", n=3000)
         for size in sorted({1, *options.sizes}):
             start = time.monotonic()
             rows = train(Path(folder), size, options.backend, flags)

@@ -1,12 +1,12 @@
-"""Does a long run stay as it began? `python -m tests.long.soak`: thousands of small steps, watched from outside.
+"""A check for leaks and slow-downs in long runs: `python -m tests.long.soak` observes thousands of small steps.
 
-A real training process with all that a run does between its steps: validation, samples, loss.png, checkpoints. Every
-so often its resident memory, open files, threads and processor time are read from /proc. Afterwards: memory's growth,
-as the median of the second half's twentieths (a heap with holes takes a tensor's size at once, now and then; a leak
-goes on) and as its slope by least squares, which counts such jumps; no more files and threads held than early on;
-a step's processor time in the last fifth beside the second; and metrics.jsonl, where every step stands once, in order.
-Others may share the machine, and their load makes ours slower, also by its own processor time: so each fifth's fastest
-tenth is compared.
+It trains in a process with everything that a run does between steps: validation, samples, loss.png, checkpoints, and
+samples the process's resident memory, open files, threads and CPU time from /proc. Afterwards it checks four things:
+memory does not grow, by the median over the twentieths of the second half (a fragmented heap grows by a tensor's size
+now and then, a leak steadily; the slope by least squares, which includes such jumps, is reported too); no more files
+and threads are open than early on; a step takes no more CPU time in the last fifth than in the second; metrics.jsonl
+has every step once, in order. Other load on the machine makes a step slower, in CPU time too, so the fastest tenth of
+each fifth is compared.
 """
 
 import argparse
@@ -29,21 +29,28 @@ from gpt2fast.command import run_main
 from gpt2fast.errors import UserError
 from gpt2fast.machine import versions
 from gpt2fast.training import run
-from tests.long import small
+from tests.long import process
+from tests.tools import tiny
 from tests.tools.programs import Program
 
 PROC = Path("/proc")
-MODELS = {"small": small.FLAGS, "nano": (
-    "nano", "--device", "cpu", "--deterministic", "--batch-size", "1", "--seq-len", "64", "--total-batch", "64",
-)}  # fmt: skip
-SLOWER = 0.1  # of a step's time that is noise
-TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which Linux counts a process's time: 0.01
+MODELS = {
+    "small": (
+        *tiny.FLAGS, "--model.vocab-size", str(tiny.GPT2_WORDS.vocab_size), "--total-batch", "64", "--compile", "off",
+        "--deterministic",
+    ),
+    "nano": (
+        "nano", "--device", "cpu", "--deterministic", "--batch-size", "1", "--seq-len", "64", "--total-batch", "64",
+    ),
+}  # fmt: skip
+SLOWER = 0.1  # share of a step's time that is noise
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, the resolution of Linux's CPU time: 0.01
 BLOCKS = 10  # parts of a fifth of the run
-PARTS = 20  # of its second half
+PARTS = 20  # parts of its second half
 
 
 def sample(pid: int, start: float) -> dict:
-    """What /proc says of a process now."""
+    """Read a process's current state from /proc."""
     pages = int((PROC / str(pid) / "statm").read_text().split()[1])
     times = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[11:13]  # user and system
     return {
@@ -55,33 +62,33 @@ def sample(pid: int, start: float) -> dict:
     }
 
 
-def watch(process: Program | subprocess.Popen, metrics: Path, every: int, total: int) -> list[dict]:
-    """A sample after each `every` steps until the process ends; `step` is the last whose row was there."""
+def watch(training: Program | subprocess.Popen, metrics: Path, every: int, total: int) -> list[dict]:
+    """Sample the process after each `every` steps until it ends; `step` is the last step in metrics.jsonl."""
     start, samples, last, read = time.monotonic(), [], 0, 0
     bar = tqdm(total=total, unit=" steps", mininterval=0.5)
-    while process.poll() is None:
+    while training.poll() is None:
         time.sleep(0.01)
         if not metrics.exists():
             continue
         with metrics.open() as file:
             file.seek(read)
             lines = [line for line in file.read().splitlines(keepends=True) if line.endswith("\n")]
-        read += sum(map(len, lines))  # all of it is ASCII
+        read += sum(map(len, lines))  # characters are bytes: the file is ASCII
         steps = [json.loads(line)["step"] for line in lines]
         if steps and steps[-1] // every > last // every:
             try:
-                samples.append({"step": steps[-1]} | sample(process.pid, start))
-            except (OSError, ValueError, IndexError):  # it has just ended
+                samples.append({"step": steps[-1]} | sample(training.pid, start))
+            except (OSError, ValueError, IndexError):  # the process has just ended
                 break
         bar.update((steps[-1] if steps else last) - last)
         last = steps[-1] if steps else last
     bar.close()
-    process.wait()
+    training.wait()
     return samples
 
 
 def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of the line through (x, y) by least squares, and its standard error."""
+    """Return the slope of the line through (x, y) by least squares, and its standard error."""
     x_mean, y_mean = (statistics.fmean(values) for values in zip(*points))
     xx = sum((x - x_mean) ** 2 for x, _ in points)
     b = sum((x - x_mean) * (y - y_mean) for x, y in points) / xx
@@ -90,7 +97,7 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def step_times(samples: Sequence[dict], low: float, high: float) -> list[float]:
-    """Processor seconds a step in BLOCKS parts of the run's steps between two shares of it."""
+    """Return CPU seconds per step in BLOCKS parts of the run between the shares `low` and `high` of its steps."""
     total = samples[-1]["step"]
     part = [row for row in samples if low * total <= row["step"] <= high * total]
     edges = [part[round(i * (len(part) - 1) / BLOCKS)] for i in range(BLOCKS + 1)]
@@ -99,8 +106,8 @@ def step_times(samples: Sequence[dict], low: float, high: float) -> list[float]:
 
 
 def course(samples: Sequence[dict], limit: float) -> dict:
-    """Summarize the samples: resident memory every 1000 steps, the processor time per step between these, and the
-    jumps, [step, bytes], in which memory grew by more than `limit` from one sample to the next."""
+    """Summarize the samples: resident memory every 1000 steps, CPU time per step between these, and the jumps,
+    [step, bytes], in which memory grew by more than `limit` from one sample to the next."""
     edges = [samples[0]]
     for row in samples:
         if row["step"] >= edges[-1]["step"] + 1000:
@@ -116,7 +123,7 @@ def course(samples: Sequence[dict], limit: float) -> dict:
 
 
 def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: float) -> dict:
-    """What the samples and metrics.jsonl come to; "faults" says what is wrong, in words."""
+    """Return a summary of the samples and metrics.jsonl; "faults" lists what is wrong, in words."""
     warm = [row for row in samples if row["step"] >= steps / 5]
     half = [row for row in samples if row["step"] >= steps / 2]
     slope_, error = slope([(row["step"] / 1000, row["rss"]) for row in half])
@@ -127,7 +134,7 @@ def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: floa
         if b["step"] > a["step"]
     )
     before, after = min(step_times(samples, 0.2, 0.4)), min(step_times(samples, 0.8, 1.0))
-    quarter = max(1, len(warm) // 4)  # at its end what is there in every sample: an event has a file open for a moment
+    quarter = max(1, len(warm) // 4)  # at the end the least of all samples: an event opens a file for a moment
     held = {
         name: [max(row[name] for row in warm[:quarter]), min(row[name] for row in warm[-quarter:])]
         for name in ("files", "threads")
@@ -147,26 +154,26 @@ def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: floa
     faults += [f"open {name} grew from {a} to {b}" for name in ("files", "threads") for a, b in [found[name]] if b > a]
     rounding = 2 * TICK / (steps / 5 / BLOCKS)
     if after - before > SLOWER * before + rounding:
-        faults.append(f"a step took {before * 1e3:.2f} ms of a processor and then {after * 1e3:.2f}")
+        faults.append(f"a step took {before * 1e3:.2f} ms of CPU time, and later {after * 1e3:.2f}")
     if [row["step"] for row in rows if "loss" in row] != list(range(1, steps + 1)):
-        faults.append(f"metrics.jsonl does not hold each of {steps} steps once, in order")
+        faults.append(f"metrics.jsonl does not have each of {steps} steps once, in order")
     return found | {"faults": faults}
 
 
-def soak(folder: Path, model: str, steps: int, every: int, limit: float, do: Callable[..., int]) -> dict:
-    """Train for `steps` steps in `folder`, with an event of each kind after each `every`, and judge the run."""
-    small.write_data(folder)
+def soak(folder: Path, model: str, steps: int, every: int, limit: float, main: Callable[..., int]) -> dict:
+    """Train for `steps` steps in `folder`, with an event of each kind every `every` steps, and judge the run."""
+    tiny.write_data(folder / "data", n=3000)
     flags = ["--val-every", every, "--val-batches", 2, "--sample-every", every, "--sample-tokens", 4]
     flags += ["--checkpoint-every", every, "--keep", 2, "--steps", steps, "--run", "soak"]
-    process = small.start(folder, *MODELS[model], *map(str, flags), do=do)
+    training = process.start(folder, *MODELS[model], *map(str, flags), main=main)
     out = folder / "out" / "soak"
-    samples = watch(process, out / "metrics.jsonl", max(1, every // 4), steps)
-    if process.returncode:
-        raise UserError(f"the run ended with {process.returncode}: {small.said(folder)}")
+    samples = watch(training, out / "metrics.jsonl", max(1, every // 4), steps)
+    if training.returncode:
+        raise UserError(f"the run ended with {training.returncode}: {process.printed(folder)}")
     kept = [path.name for path in (out / "checkpoints").iterdir()]
     found = judge(samples, run.read_metrics(out / "metrics.jsonl"), steps, limit)
     if len(kept) != 2:
-        found["faults"].append(f"{len(kept)} folders are left of checkpoints, not 2: {', '.join(sorted(kept))}")
+        found["faults"].append(f"checkpoints/ has {len(kept)} folders, not 2: {', '.join(sorted(kept))}")
     return {"model": model, "steps": steps, "every": every, **found}
 
 
@@ -176,8 +183,8 @@ def describe(found: dict) -> str:
         f"{found['rss_per_1000_steps'] / 2**10:+,.1f}, standard error {found['rss_standard_error'] / 2**10:,.1f}; "
         f"{found['rss_first'] / 2**20:,.1f} MiB at the first sample, "
         f"{found['rss_half'] / 2**20:,.1f} half-way, {found['rss_last'] / 2**20:,.1f} at the last",
-        *(f"{name:<8}{found[name][0]} early on, {found[name][1]} held at the end" for name in ("files", "threads")),
-        f"step    {found['cpu_ms_second_fifth']:.2f} ms of a processor in the second fifth, "
+        *(f"{name:<8}{found[name][0]} early on, {found[name][1]} at the end" for name in ("files", "threads")),
+        f"step    {found['cpu_ms_second_fifth']:.2f} ms of CPU time in the second fifth, "
         f"{found['cpu_ms_last_fifth']:.2f} in the last",
         *(f"FAULT   {fault}" for fault in found["faults"]),
     ])  # fmt: skip
@@ -185,24 +192,24 @@ def describe(found: dict) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m tests.long.soak", description=__doc__.splitlines()[0])
-    p.add_argument("--model", choices=MODELS, default="small", help="nano: the preset's, in small batches")
+    p.add_argument("--model", choices=MODELS, default="small", help="nano: the preset, in small batches")
     p.add_argument("--steps", type=int, default=5000)
     p.add_argument("--every", type=int, default=100, help="steps between events")
-    p.add_argument("--limit", type=float, default=1024, help="KiB that memory may grow by in 1000 steps")
+    p.add_argument("--limit", type=float, default=1024, help="KiB by which memory may grow in 1000 steps")
     p.add_argument("--file", type=Path, help="append the row to this file instead of a new one in results")
     return p
 
 
-def main(argv: Sequence[str], do: Callable[[Sequence[str]], int] = train.main) -> int:
+def main(argv: Sequence[str], trains: Callable[[Sequence[str]], int] = train.main) -> int:
     options = parser().parse_args(argv)
     if not (PROC / "self" / "statm").exists():
-        raise UserError("/proc/self/statm is missing: memory is read there, which only Linux has")
+        raise UserError("/proc/self/statm is missing, where memory is read: run this on Linux")
     if options.every < 1 or options.steps < 10 * options.every:
-        raise UserError(f"--steps is {options.steps} and --every {options.every}: ten events at least make a line")
+        raise UserError(f"--steps is {options.steps} and --every {options.every}: they must make at least ten events")
     path = options.file or harness.results_file("soak")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), options.model, options.steps, options.every, options.limit * 2**10, do)
+        found = soak(Path(folder), options.model, options.steps, options.every, options.limit * 2**10, trains)
     seconds = round(time.monotonic() - start, 1)
     harness.append_row(path, {"suite": "soak", "seconds": seconds, **found, "machine": versions.record()})
     print(describe(found))

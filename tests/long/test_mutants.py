@@ -1,4 +1,4 @@
-"""Every planted fault is caught by the test that is named beside it. One module's: `-m long -k gelu`."""
+"""Every mutant is caught by the test that it names. For one module: `-m long -k gelu`."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_it_is_caught(module, mutant):
     assert mutation.survives(module, mutant) == ""
 
 
-def test_a_harmless_change_survives_and_one_of_nothing_is_told():
+def test_a_harmless_change_survives_and_a_missing_line_is_reported():
     harmless = Mutant("F.linear(x, fc_w)", "F.linear(x, fc_w, None)", "nothing", "test_as_accurate_as_torch")
     path = "kernels/projections.py"
     assert "survived tests/kernels/test_projections.py::test_as" in mutation.survives(path, harmless)

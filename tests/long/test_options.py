@@ -1,4 +1,4 @@
-"""tests.long.options: which runs there are, and what is said of their losses."""
+"""tests.long.options: the runs that it plans, and the verdicts on their losses."""
 
 import json
 
@@ -22,21 +22,21 @@ def row(option: str, losses: list[float], seed: int = 1, precision: str = "bf16"
 REFERENCE = [row("torch", [4.0 + 0.1 * seed] * 2 * WINDOW, seed) for seed in range(1, 5)]
 
 
-def test_windows_are_means_also_of_what_is_left_over():
+def test_windows_are_means_and_the_last_may_be_short():
     assert windows([1.0] * WINDOW + [2.0, 4.0]) == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(("step", "share"), [(0.0, 0.0), (0.15, 0.5), (-0.45, 1.5)])
-def test_an_option_is_judged_by_the_window_in_which_it_strays_most(step, share):
+def test_an_option_is_judged_by_the_window_with_the_largest_difference(step, share):
     ours = [4.1] * WINDOW + [4.1 + step] * WINDOW
     (found,) = verdicts([*REFERENCE, row("residual", ours)])
     assert found["option"] == "residual"
     assert found["nats"] == pytest.approx(abs(step))
     assert found["share"] == pytest.approx(share)
-    assert ("BEYOND IT" in options.table([found])) == (share > 1)
+    assert ("TOO FAR" in options.table([found])) == (share > 1)
 
 
-def test_it_is_judged_beside_its_own_seed_and_precision():
+def test_an_option_is_compared_with_its_own_seed_and_precision():
     others = [row("torch", [9.0 + seed] * 2 * WINDOW, seed, "fp32") for seed in range(1, 5)]
     found = verdicts([*REFERENCE, *others, row("mlp", [10.5] * 2 * WINDOW, 1, "fp32")])
     assert [(f["precision"], f["nats"], f["share"]) for f in found] == [
@@ -44,7 +44,7 @@ def test_it_is_judged_beside_its_own_seed_and_precision():
     ]
 
 
-def test_without_a_gpu_what_needs_triton_is_interpreted_in_fp32_and_starts_first():
+def test_without_a_gpu_triton_options_are_interpreted_in_fp32_and_start_first():
     runs = plan(list(OPTIONS), CPU)
     assert {name for name, *_ in runs} == {*OPTIONS, "torch"} - {"cuda graph"}
     interpreted = [r for r in runs if r[3]]
@@ -54,13 +54,13 @@ def test_without_a_gpu_what_needs_triton_is_interpreted_in_fp32_and_starts_first
     assert sum(name == "torch" for name, *_ in runs) == 2 * len(SEEDS)
 
 
-def test_on_a_gpu_all_of_it_runs_as_it_is():
+def test_on_a_gpu_all_options_run_in_bf16():
     runs = plan(list(OPTIONS), CUDA)
     assert {name for name, *_ in runs} == {*OPTIONS, "torch"}
     assert {(kind, interpreted) for *_, kind, interpreted in runs} == {("bf16", False)}
 
 
-def test_every_option_is_another_run(tmp_path):
+def test_every_option_changes_the_settings(tmp_path):
     given = parser().parse_args(["--device", "cpu"])
     plain = settings(options.Option(), 1, "bf16", given, tmp_path)
     assert (plain.backend, plain.optimizer, plain.residual, plain.recompute) == ("torch", "torch", "fp32", False)
@@ -71,21 +71,21 @@ def test_every_option_is_another_run(tmp_path):
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_the_exit_code_says_whether_all_learn_alike(shift, tmp_path, capsys):
+def test_the_exit_code_is_1_if_an_option_does_not_learn_alike(shift, tmp_path, capsys):
     def do(name, seed, precision, given, interpret):
         return row(name, [4 + 0.1 * seed + (shift if name == "residual" else 0)] * WINDOW, seed, precision)
 
     file = tmp_path / "rows.jsonl"
     code = main(["--device", "cpu", "--option", "residual", "mlp", "--file", str(file)], do)
     assert code == (shift > 0)
-    assert ("BEYOND IT" in capsys.readouterr().out) == (shift > 0)
+    assert ("TOO FAR" in capsys.readouterr().out) == (shift > 0)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 2 + 2 * len(SEEDS)
     assert {r["suite"] for r in rows} == {"options"}
     assert all(r["machine"] for r in rows)
 
 
-def test_a_run_that_fails_fails_all(tmp_path):
+def test_the_exit_code_is_1_if_a_run_fails(tmp_path):
     def do(name, seed, precision, given, interpret):
         return row(name, [], seed, precision, "failed" if name == "residual" else "ok") | {"tail": "no"}
 
@@ -98,7 +98,7 @@ def test_a_number_below_one_is_refused(flag):
         main(["--device", "cpu", flag, "0"])
 
 
-def test_a_run_is_a_process_that_says_what_went_wrong():
+def test_a_run_is_a_process_and_reports_what_went_wrong():
     given = parser().parse_args(["--device", "cpu", "--steps", "2", "--batch-size", "1"])
     good, bad = apart("residual", 1, "bf16", given, False), apart("cuda graph", 1, "bf16", given, False)
     assert good["status"] == "ok"

@@ -1,8 +1,8 @@
-"""What a run of the tests took, said at its end; and that nothing it started outlives it.
+"""The time, memory and processes that a test run took, printed at its end; and no process outlives the run.
 
-Hooks of pytest, which conftest imports. Each pytest process, xdist's workers too, puts a mark of its own into the
-environment and has a `watch` beside it, which kills whatever has that mark when the process ends: by itself, by Ctrl-C,
-by a timeout or by kill -9.
+These are pytest hooks, which conftest imports. Each pytest process, also an xdist worker, puts a mark of its own into
+the environment and starts a `watch`, which kills all processes with that mark when the pytest process ends: normally,
+by Ctrl-C, by a timeout or by kill -9.
 """
 
 import os
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-MARK = "GPT2FAST_TESTS"  # /mark/mark/...: the outermost process's first
-OWNER = "GPT2FAST_TESTS_OWNER"  # the mark of the process for which servers of programs are started
+MARK = "GPT2FAST_TESTS"  # /mark/mark/..., the outermost process's first
+OWNER = "GPT2FAST_TESTS_OWNER"  # the mark of the outermost process, for which servers of programs are started
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "tests.program"}
-started = 0  # processes, by this one
+started = 0  # processes started by this one
 of_workers: list[int] = []
 begun = time.monotonic()
-peak: Path | None = None  # where `watch` writes the most memory that was taken
+peak: Path | None = None  # where `watch` writes the peak memory
 
 
 def program_starts() -> None:
-    """Counts a process that Python's own audit events do not tell of."""
+    """Count a process for which Python raises no audit event."""
     sys.audit("tests.program")
 
 
@@ -35,7 +35,7 @@ def _count(event: str, _: tuple) -> None:
 
 
 def mark(measured: Path | None = None) -> subprocess.Popen | None:
-    """From now on what this process starts is killed when it ends; its `watch`, where there is /proc."""
+    """Mark all processes started from now on, to be killed when this one ends. Return its `watch`; None: no /proc."""
     own = uuid.uuid4().hex
     os.environ[MARK] = f"{os.environ.get(MARK, '')}/{own}"
     os.environ.setdefault(OWNER, own)
@@ -47,14 +47,14 @@ def mark(measured: Path | None = None) -> subprocess.Popen | None:
 
 
 def owner() -> str:
-    """The mark of the process that began it all: of this one, if nobody has begun."""
+    """Return the outermost process's mark, which is this one's if there is none yet."""
     if OWNER not in os.environ:
         mark()
     return os.environ[OWNER]
 
 
 def of_owner() -> dict[str, str]:
-    """The environment of what may outlive this process, but not the owner."""
+    """Return the variable that lets a process outlive this one, but not the owner."""
     before, own, _ = os.environ[MARK].partition(owner())
     return {MARK: before + own}
 
@@ -87,9 +87,9 @@ def pytest_testnodedown(node, error) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The ten slowest tests are pytest's own to tell, by --durations."""
+    """Print time, memory and processes. (The slowest tests are printed by pytest's --durations.)"""
     gigabytes = int((peak and peak.read_text()) or 0) / 1e9
-    terminalreporter.section("what it took")
+    terminalreporter.section("resources")
     terminalreporter.write_line(
         f"{(time.monotonic() - begun) / 60:.1f} minutes, {gigabytes:.1f} GB of memory at the peak, "
         f"{started + sum(of_workers)} processes started"

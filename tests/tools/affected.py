@@ -1,9 +1,9 @@
-"""Which long tests a change can have broken: `python -m tests.tools.affected [BASE]` prints them, for pytest's @FILE.
+"""The long tests that a change may break: `python -m tests.tools.affected [BASE]` prints them, for pytest's @FILE.
 
-The rule. A module's change concerns the long tests of its own file, its mutants, and what LEANS on it; a test file's,
-its own long tests and the mutants that it must catch; that of a helper, of the settings or of this rule, everything; a
-document's or a result's, nothing. BASE: where the change began; else the last commit that origin/main has too, and
-where that is all of them, the last one of the day before.
+A change to a module affects the long tests in its own test file, its mutants, and the test files that LEANS lists for
+it; a change to a test file, its own long tests and the mutants that it must catch; a change to tests/tools, to settings
+or to this rule, everything; a change to a document or a result, nothing. BASE is the commit before the change; by
+default the last commit that origin/main has too, and if it has all of them, the last one of the day before.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ from tests.tools.rooms import FILES, tests_of
 EVERYTHING = "tests"
 CONCERNS_ALL = ("tests/tools/", "tests/conftest.py", "pyproject.toml", ".ci/")
 MUTANTS = "tests/long/test_mutants.py"
-LEANS = {  # file of tests: what it leans on, beside the module whose tests it holds
+LEANS = {  # file of tests: what it depends on, beside the module that it is named after
     "tests/kernels/test_every_kernel.py": "kernels/*.py",
     "tests/model/test_model_options.py": "gpt2fast/model.py gpt2fast/training/step.py",
     "tests/model/test_backends.py": "kernels/*.py gpt2fast/ops.py gpt2fast/kernels.py",
@@ -29,8 +29,8 @@ LEANS = {  # file of tests: what it leans on, beside the module whose tests it h
     "tests/house/test_readme.py": "README.md docs/*.md benchmarks/README.md",
     "tests/house/test_packaging.py": "gpt2fast/kernels.py",
     "tests/long/test_kills.py": "gpt2fast/weights/checkpoint.py gpt2fast/files/*.py gpt2fast/training/run.py "
-    "gpt2fast/train.py",
-    "tests/long/test_soak.py": "gpt2fast/train.py gpt2fast/training/*.py",
+    "gpt2fast/train.py tests/long/process.py",
+    "tests/long/test_soak.py": "gpt2fast/train.py gpt2fast/training/*.py tests/long/process.py",
     "tests/long/test_hosts.py": "gpt2fast/machine/*.py",
     "tests/machine/test_world.py": "gpt2fast/machine/*.py gpt2fast/training/step.py gpt2fast/training/optim.py "
     "gpt2fast/training/graph.py gpt2fast/rounded.py",
@@ -42,12 +42,12 @@ LEANS = {  # file of tests: what it leans on, beside the module whose tests it h
 
 
 def changed(base: str) -> list[str]:
-    """Paths from the checkout's root, those of files that are gone too."""
+    """Return the changed paths, from the checkout's root, including those of deleted files."""
     return git("diff", "--name-only", "--no-renames", base).splitlines()
 
 
 def base_of() -> str:
-    """Where the change began."""
+    """Return the commit before the change, by the rule above."""
     head = git("rev-parse", "HEAD")
     common = git("merge-base", "HEAD", "origin/main", check=False)
     if common not in ("", head):
@@ -63,7 +63,7 @@ def git(*words: str, check: bool = True) -> str:
 
 
 def affected(paths: Iterable[str]) -> list[str]:
-    """What `pytest -m long` is to be given; nothing: no long test is concerned."""
+    """Return the arguments for `pytest -m long`; none if no long test is affected."""
     paths = list(paths)
     if any(path.startswith(CONCERNS_ALL) for path in paths):
         return [EVERYTHING]
@@ -80,20 +80,22 @@ def of_one(path: str) -> Iterator[str]:
         yield f"tests/long/test_{Path(path).stem.removeprefix('test_')}.py"
     elif path.startswith("tests/") and Path(path).name.startswith("mutants_"):
         yield from mutants(lambda module, mutant: path == beside(module))
+    elif path.startswith("tests/") and path.endswith("/conftest.py"):
+        yield path.removesuffix("/conftest.py")
     elif path.startswith("tests/") and path.endswith(".py"):
         yield path
         yield from mutants(lambda module, mutant: test_of(module, mutant).startswith(f"{path}::"))
 
 
 def beside(module: str) -> str:
-    """The file of a module's mutants."""
+    """Return the file of a module's mutants."""
     return f"tests/{tests_of(module)}".replace("/test_", "/mutants_")
 
 
 def mutants(wanted) -> Iterator[str]:
-    """Those of which wanted(module, mutant) is true, as pytest names them."""
-    for module, all_of_it in planted().items():
-        for mutant in all_of_it:
+    """Yield the mutants for which wanted(module, mutant) is true, as pytest names them."""
+    for module, of_module in planted().items():
+        for mutant in of_module:
             if wanted(module, mutant):
                 yield f"{MUTANTS}::test_it_is_caught[{name_of(module, mutant)}]"
 

@@ -110,7 +110,7 @@ def huge_logits(dtype, device):
 
 
 def values_that_are_all_equal(T_q, T_k, dtype, device):
-    """o is that value, and the gradient of the scores is zero but for rounding errors of the size of do v."""
+    """o is that value, and the gradient of the scores is zero except for rounding errors of the size of do v."""
     q, k, v = qkv(Shape(1, 2, T_q, T_k, 32), DTYPES[dtype], device)
     v = v[:, :, :1].expand_as(v)
     got = outputs_and_gradients(partial(flash_attention, causal=False), [q, k, v])
@@ -152,7 +152,7 @@ def packed_is_flash_attention(B, T, n_head, D, dtype, device):
 
 
 def fully_masked_tiles_are_not_visited(device):
-    """A NaN there would give 0 * NaN: keys of the second tile for queries of the first, and the reverse."""
+    """A NaN in one would give 0 * NaN: keys of the second tile for queries of the first, and the reverse."""
     q, k, v = qkv(Shape(1, 1, 256, 256, 64), torch.float16, device)
     do = normal(1, 1, 256, 64, dtype=torch.float16, device=device, seed=4)
     late, early = slice(128, 256), slice(0, 128)

@@ -1,4 +1,4 @@
-"""Reading damaged files under limits: of memory, of time, of what may be written. What is demanded of each reader."""
+"""Reading damaged files under limits of memory, time and writing, which every reader of foreign files must keep."""
 
 import os
 import resource
@@ -13,13 +13,13 @@ from tests.tools import damage
 from tests.tools.damage import Target
 
 BOUND = 2**28
-TIMES = 8  # a file's size: its bytes, its numbers in fp32, and a copy
-SECONDS = 4  # of the processor: others may keep it busy meanwhile
-WAIT = 300  # seconds for what only waits
+TIMES = 8  # times a file's size: its bytes, its numbers in fp32, and a copy
+SECONDS = 4  # CPU time, which other processes do not use up
+WAIT = 300  # seconds of wall time, for a reader that only waits
 
 
 def run(target: Target, seed: int, work: Path) -> tuple[str, str]:
-    """("read" or "refused", why), or ("finding", what was wrong). `work` is an empty folder, and is so again."""
+    """Return ("read" or "refused", why), or ("finding", what was wrong). `work` is empty, before and after."""
     files = target.case(Random(seed))
     return run_case(target, files, work)
 
@@ -60,7 +60,7 @@ def call(target: Target, case: Path) -> tuple[str, str]:
 
 
 def starved(error: BaseException | None) -> str:
-    """What our error hides, if that is a lack of memory or of time."""
+    """Return the lack of memory or time that an error of ours hides, "" if none."""
     while error := error.__context__:
         text = str(error)
         if isinstance(error, MemoryError | TimeoutError) or "allocate" in text or "bad_alloc" in text:
@@ -70,7 +70,7 @@ def starved(error: BaseException | None) -> str:
 
 @contextmanager
 def limits(size: int):
-    """Address space for so many more bytes, `SECONDS` of computing and `WAIT` of waiting."""
+    """Limit the address space to `size` more bytes, CPU time to SECONDS and wall time to WAIT."""
 
     def late(*_):
         raise TimeoutError(f"more than {SECONDS} seconds")

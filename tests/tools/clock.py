@@ -1,8 +1,8 @@
-"""A clock of one's own, for what measures or waits: it moves when the test says so, however busy the machine is."""
+"""A simulated clock, for code that measures or waits: it advances when the test says so, on a busy machine too."""
 
 
 class Clock:
-    """Stands for the module `time` where that is patched."""
+    """A stand-in for the module `time`."""
 
     def __init__(self) -> None:
         self.now = 1000.0

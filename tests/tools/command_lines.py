@@ -1,4 +1,4 @@
-"""Command lines of our programs with odd words in them. What they name does not exist, so that nothing may begin."""
+"""Random command lines of our programs. The files that they name do not exist, so no program may start its work."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ WORDS = ("0", "-1", "1", "7", "nan", "inf", "1e400", "9" * 30, "none", "None", "
 
 
 class CommandLine(Target):
-    """The damaged file is the command line."""
+    """A target whose damaged file is the command line."""
 
     def case(self, random: Random) -> Files:
         name = random.choice(sorted(PROGRAMS))

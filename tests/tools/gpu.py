@@ -1,4 +1,4 @@
-"""Whether there is a CUDA GPU."""
+"""The constant CUDA: whether torch sees a CUDA GPU."""
 
 import torch
 

@@ -7,11 +7,11 @@ from gpt2fast.model import GPTConfig
 from tests.tools.foreign_files import TRANSPOSED
 from tests.tools.inputs import randomise
 
-transformers = pytest.importorskip("transformers", reason="the yardstick here is transformers' GPT2LMHeadModel")
+transformers = pytest.importorskip("transformers", reason="the tests compare with transformers' GPT2LMHeadModel")
 
 
 def huggingface_model(config: GPTConfig, seed: int = 0) -> nn.Module:
-    """Their GPT-2 with weights of training's size everywhere: an initial bias of zero would hide a lost one."""
+    """Return their GPT-2 with all weights random, since a lost bias would not be noticed if biases were zero."""
     settings = transformers.GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.block_size,

@@ -1,4 +1,4 @@
-"""What runs in which a fault was injected are held against: the rows and weights of one that nothing disturbed."""
+"""Runs with an injected fault, compared with an undisturbed run by their rows and weights."""
 
 import shutil
 from dataclasses import replace
@@ -17,17 +17,17 @@ def weights(c) -> list[bytes]:
 
 
 def straight(c) -> tuple[list[dict], list[bytes]]:
-    """What an undisturbed run comes to."""
+    """Return the rows and weights of an undisturbed run."""
     other = replace(c, run="straight")
     train(other)
     return rows(other), weights(other)
 
 
-def go_on(c) -> None:
-    """As the message says: resume from a checkpoint, or begin again where none is."""
+def resume_or_restart(c) -> None:
+    """Do what the message says: resume from a checkpoint, or start again if there is none."""
     found = checkpoint.list_checkpoints(c.folder / "checkpoints")
     if found and found[-1][0] == c.steps:
-        return  # what failed came behind the last
+        return  # the fault came after the last checkpoint
     if found:
         c = replace(c, resume=True)
     elif (c.folder / "config.json").exists():
@@ -36,4 +36,5 @@ def go_on(c) -> None:
 
 
 def rubbish(c) -> list[Path]:
+    """Return the temporary files that the run has left."""
     return [path for path in c.folder.rglob(".*") if path.exists()]

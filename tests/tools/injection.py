@@ -1,4 +1,4 @@
-"""Disks that fail when they are told to: the k-th call that touches a chosen file fails as the system's would."""
+"""A simulated disk failure: call number k that touches a chosen file fails with the system's error."""
 
 import contextlib
 import errno
@@ -13,15 +13,18 @@ from gpt2fast.weights import checkpoint
 
 
 class Disk:
-    """Counts the calls that write to, sync, rename or make a path with `part` in it. Number `k` fails with `code`; if
-    that is ENOSPC, so do all behind it, since a full disk stays full. Of a write, half arrives."""
+    """A counter of the calls that write to, sync, rename or make a path that contains `part`.
+
+    Call number `k` fails with `code`; with ENOSPC so do all later ones, since a full disk stays full. A write that
+    fails writes half of its content.
+    """
 
     def __init__(self, part: str, k: int, code: int):
         self.part, self.k, self.code = part, k, code
         self.calls = 0
 
     def touch(self, path) -> bool:
-        """Whether this call is to fail."""
+        """Count a call, and return whether it must fail."""
         if self.part not in str(path):
             return False
         self.calls += 1
@@ -36,7 +39,7 @@ class Disk:
 
 
 class File:
-    """A file open for writing, whose errors name no path, as the system's do not."""
+    """A file open for writing, whose errors name no path, like the system's."""
 
     def __init__(self, file, disk: Disk):
         self._file, self._disk = file, disk
@@ -60,14 +63,16 @@ class File:
 
 @contextlib.contextmanager
 def failing(part: str, k: int, code: int = errno.ENOSPC) -> Iterator[Disk]:
-    """While this lasts, call number `k` fails that touches a path with `part` in it."""
+    """Let call number `k` that touches a path with `part` in it fail, within the context."""
     disk = Disk(part, k, code)
     real = {name: getattr(os, name) for name in ("open", "fsync", "replace", "rename", "mkdir", "chmod")}
     real_open, real_save = io.open, checkpoint.save_file
 
     def by_path(name):
         def call(path, *args, **kwargs):
-            reads = name == "open" and code == errno.ENOSPC  # os.open only reads here, which a full disk allows
+            reads = (
+                name == "open" and code == errno.ENOSPC
+            )  # os.open is used for reading only, which a full disk allows
             if not reads and disk.touch(args[0] if name in ("replace", "rename") else path):
                 raise disk.error(path)
             return real[name](path, *args, **kwargs)
@@ -102,7 +107,7 @@ def failing(part: str, k: int, code: int = errno.ENOSPC) -> Iterator[Disk]:
 
 
 def every_call(part: str, code: int, most: int = 100) -> Iterator[contextlib.AbstractContextManager[Disk]]:
-    """`failing` with k = 1, 2, ... until a k is reached at which nothing failed."""
+    """Yield `failing` with k = 1, 2, ... until nothing fails, because there are fewer than k calls."""
     for k in range(1, most):
         disks = []
 

@@ -1,4 +1,4 @@
-"""What kernels and models are fed: dtypes, values beyond unit normals, layouts beyond contiguous. Seeded by shape."""
+"""Inputs for kernels and models, seeded by shape: dtypes, values beyond unit normals, layouts beyond contiguous."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# torch.compile's backends: one that traces and differentiates as the other does, and makes no code of it
+# torch.compile's backends: aot_eager traces and differentiates as inductor does, and generates no code
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
 
 VALUES = {
@@ -29,14 +29,14 @@ LAYOUTS = {
 def normal(
     *shape: int, dtype: torch.dtype = torch.float32, device="cpu", seed: int = 0, values: str = "normal"
 ) -> Tensor:
-    """VALUES of standard normals, which are drawn on the CPU: the same on every device."""
+    """Return VALUES of standard normals, drawn on the CPU and therefore equal on every device."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
     return (VALUES[values](x) if x.numel() else x).to(device, dtype)
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, std: float, seed: int) -> None:
-    """Random values everywhere, LayerNorm's weights around 1: an initial bias of zero would hide a lost one."""
+    """Make all parameters random, LayerNorm's weights around 1: a lost bias would not be noticed if it were zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         p.normal_(0.0, std, generator=generator)

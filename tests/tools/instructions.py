@@ -1,4 +1,4 @@
-"""What torch itself cannot do on a CPU whose instructions are limited."""
+"""A check for what torch itself cannot do on a CPU with limited instructions."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 
 def attends(dtype: torch.dtype) -> None:
-    """Skips the test where torch's own attention fails in `dtype`.
+    """Skip the test if torch's own attention fails in `dtype`.
 
-    With ATEN_CPU_CAPABILITY below avx512 on a CPU that has AMX, oneDNN wants bf16 packed and ATen cannot.
+    With ATEN_CPU_CAPABILITY below avx512 on a CPU with AMX, oneDNN requires packed bf16 and ATen cannot pack it.
     """
     x = torch.zeros(2, 4, 256, 64, dtype=dtype)
     try:

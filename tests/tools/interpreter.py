@@ -1,10 +1,10 @@
-"""Makes Triton's interpreter right about bf16, for the tests. Nothing but tests may use this.
+"""A correction of bf16 in Triton's interpreter, for tests only.
 
-The interpreter (3.6 to 3.9) keeps bf16 as uint16 and computes with those bits as integers, silently; its cast to bf16
-truncates. Here, whatever touches bf16 goes through fp32: widened exactly, computed, rounded once to nearest even, as a
-GPU does it; sums, scans and the like widen once and round once. Also, Triton 3.6 lacks bf16 constants (`x * 1.5`), and
-under numpy 2.4 loops over range(lo, hi) of tensors; it has both after this. Casts to and from fp8, and those with a
-rounding mode of their own, stay Triton's.
+The interpreter (3.6 to 3.9) stores bf16 as uint16 and silently computes with those bits as integers; its cast to bf16
+truncates. Here, every operation on bf16 goes through fp32: operands are widened exactly, and the result is rounded once
+to nearest even, as on a GPU; reductions and scans widen once and round once. Triton 3.6 also lacks bf16 constants
+(`x * 1.5`) and, with numpy 2.4, loops over range(lo, hi) of tensors; `repair` adds both. Casts to and from fp8, and
+those with an explicit rounding mode, are still Triton's.
 
 Private names are patched; each is asserted to exist, so a Triton that renames one fails here and not in a kernel.
 `only_program` runs one program of a grid, so that offsets beyond 2^31 cost no more than small ones.
@@ -39,7 +39,7 @@ def to_fp32(handle: TensorHandle) -> TensorHandle:
 
 
 def to_bf16(handle: TensorHandle) -> TensorHandle:
-    """fp32 -> bf16, to nearest, ties to even; overflow is infinity by itself; NaN must not become infinity."""
+    """Round fp32 to bf16, to nearest, ties to even. Overflow becomes infinity; NaN must not, so it is handled apart."""
     x = np.ascontiguousarray(handle.data, dtype=np.float32)
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -47,21 +47,21 @@ def to_bf16(handle: TensorHandle) -> TensorHandle:
 
 
 def through_fp32(method: Callable) -> Callable:
-    """`method` of the builder, with bf16 operands widened and a result that should be bf16 rounded to it."""
+    """Return a builder's method that widens bf16 operands and rounds a result that must be bf16."""
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
         if not any(is_bf16(arg) for arg in args):
             return method(self, *args, **kwargs)
         result = method(self, *(to_fp32(arg) if is_bf16(arg) else arg for arg in args), **kwargs)
-        wide = method.__name__ == "create_dot" and not is_bf16(args[2])  # its accumulator says what it returns
+        wide = method.__name__ == "create_dot" and not is_bf16(args[2])  # the accumulator has the dtype of the result
         return result if wide or result.data.dtype != np.float32 else to_bf16(result)
 
     return call
 
 
 def cast(method: Callable) -> Callable:
-    """The builder's cast, with bf16 on either side done right; fp32 -> fp16 was right already (numpy's own)."""
+    """Return the builder's cast, corrected for bf16 on either side; fp32 -> fp16 is numpy's and was correct."""
 
     @functools.wraps(method)
     def call(self, src, dst_type):
@@ -75,7 +75,7 @@ def cast(method: Callable) -> Callable:
 
 
 def cast_of_half_types(method: Callable) -> Callable:
-    """Triton 3.9 casts fp16 <-> bf16 here too; the rest, fp8 and other rounding modes, is `method`'s own."""
+    """Return create_fp_to_fp, which in Triton 3.9 casts fp16 <-> bf16 too; fp8 and rounding modes are left to it."""
 
     @functools.wraps(method)
     def call(self, src, dst_type, rounding_mode):
@@ -87,7 +87,7 @@ def cast_of_half_types(method: Callable) -> Callable:
 
 
 def reduce_in_fp32(method: Callable) -> Callable:
-    """Reductions and scans, which hand their arrays to numpy and never ask the builder."""
+    """Return the method for reductions and scans, which pass arrays to numpy and bypass the builder."""
 
     def retyped(x: tl.tensor, convert: Callable) -> tl.tensor:
         handle = convert(x.handle)
@@ -96,7 +96,7 @@ def reduce_in_fp32(method: Callable) -> Callable:
     @functools.wraps(method)
     def apply(self, input):
         if not isinstance(input, tuple):
-            return method(self, input)  # which comes back with a tuple
+            return method(self, input)  # which calls this again with a tuple
         half = [is_bf16(x.handle) for x in input]
         result = method(self, tuple(retyped(x, to_fp32) if h else x for x, h in zip(input, half)))
         return tuple(retyped(x, to_bf16) if h else x for x, h in zip(result, half))
@@ -105,7 +105,7 @@ def reduce_in_fp32(method: Callable) -> Callable:
 
 
 def repair() -> None:
-    """Patch the interpreter, once; nothing where kernels are compiled."""
+    """Patch the interpreter, once; do nothing where kernels are compiled."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     missing = [name for name in PRIVATE if not hasattr(triton_interpreter, name)]
@@ -133,7 +133,7 @@ def repair() -> None:
 
 @contextlib.contextmanager
 def only_program(pid: int) -> Iterator[None]:
-    """While this lasts, a kernel launched on a grid of (1,) runs as program `pid`."""
+    """Run a kernel that is launched on a grid of (1,) as program `pid`, within the context."""
     builder = triton_interpreter.interpreter_builder
     builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (pid, 0, 0))
     try:

@@ -1,7 +1,7 @@
-"""Planted faults: a change to the code that tests must notice. A mutant that survives is a hole in the tests.
+"""Mutants: planted faults, changes to the code that tests must detect. A mutant that survives is a gap in the tests.
 
-Mutants stand in `tests/<folder>/mutants_<module>.py`, beside the tests that must catch them. tests/long/test_mutants.py
-plants them one by one, each in a copy of the tree.
+Mutants are listed in `tests/<folder>/mutants_<module>.py`, beside the tests that must catch them.
+tests/long/test_mutants.py plants them one by one, each in a copy of the tree.
 """
 
 import importlib
@@ -16,8 +16,10 @@ from tests.tools.rooms import FILES, tests_of
 
 
 class Mutant(NamedTuple):
-    """Replace `old`, its occurrence number `nth`, by `new`. Then `test` must fail: a name in the module's own test
-    file, or FILE::NAME below tests/."""
+    """A replacement of `old`, its occurrence number `nth`, by `new`, after which `test` must fail.
+
+    `test` is a name in the module's own test file, or FILE::NAME below tests/.
+    """
 
     old: str
     new: str
@@ -27,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 def planted() -> dict[str, list[Mutant]]:
-    """Path of each module that has mutants, from the checkout's root -> those."""
+    """Return {path of the module, from the checkout's root: its mutants}."""
     found = {}
     for file in sorted((CHECKOUT / "tests").glob("*/mutants_*.py")):
         (module,) = (path for path in FILES if tests_of(path) == f"{file.parent.name}/test_{file.stem[8:]}.py")
@@ -36,12 +38,12 @@ def planted() -> dict[str, list[Mutant]]:
 
 
 def test_of(module: str, mutant: Mutant) -> str:
-    """What must fail, as pytest names it."""
+    """Return the test that must fail, as pytest names it."""
     return f"tests/{mutant.test if '::' in mutant.test else f'{tests_of(module)}::{mutant.test}'}"
 
 
 def survives(module: str, mutant: Mutant) -> str:
-    """Nothing if its test catches it, else what went wrong."""
+    """Return "" if the mutant's test catches it, else what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("gpt2fast", "kernels", "benchmarks", "tests"):
@@ -58,7 +60,7 @@ def survives(module: str, mutant: Mutant) -> str:
         options = ["-x", "-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", folder]
         environment = {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
         done = programs.run("-m", "pytest", *options, test, cwd=tree, env=environment)
-    if (done.returncode == 1 and " failed" in done.stdout) or done.returncode < 0:  # or the fault ended the process
+    if (done.returncode == 1 and " failed" in done.stdout) or done.returncode < 0:  # or the fault crashed the process
         return ""
     end = done.stdout[-2000:] + done.stderr[-2000:] if done.returncode else ""
     return f"survived {test} (pytest ended with {done.returncode})\n{end}"

@@ -1,8 +1,8 @@
-"""Programs of ours as processes: `python -m gpt2fast.train ...`, started by a `server` that has imported torch already.
+"""Our programs as processes: `python -m gpt2fast.train ...`, started by a `server` that has already imported torch.
 
-A program is a process in all that tests look at: exit code, signals, standard streams, working folder, environment.
-What it is not is a new interpreter: where imports, PYTHONPATH or the environment at the start are what is tested, use
-the fixture fresh_python. Where there is no Linux, all are new interpreters.
+A program is a real process in all that tests look at: exit code, signals, standard streams, working folder,
+environment. But it is not a new interpreter: to test imports, PYTHONPATH or the environment at start-up, use the
+fixture fresh_python. On systems other than Linux, every program is a new interpreter.
 """
 
 import base64
@@ -25,7 +25,7 @@ LIBRARIES = [
     "torch", "torch._dynamo", "torch._inductor.config", "numpy", "safetensors.torch", "tiktoken", "filelock", "tqdm",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro",
 ]  # fmt: skip
-HANG = 900.0  # seconds that nothing here takes, on no machine: only what hangs
+HANG = 900.0  # seconds that only a hang takes, on any machine
 CALL = """
 import base64, pickle, sys
 module, name, args = pickle.loads(base64.b64decode(sys.argv[1]))
@@ -35,7 +35,7 @@ sys.exit(getattr(sys.modules[module], name)(*args))
 
 
 def forks() -> bool:
-    """Whether the kernel has what the server needs."""
+    """Return whether the kernel supports what the server needs."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (AttributeError, OSError):
@@ -44,14 +44,14 @@ def forks() -> bool:
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """A user's: what the tests set for themselves is taken out of ours; the checkout can be imported."""
+    """Return a user's environment: ours without what the tests set for themselves, and with the checkout importable."""
     ours = ("TRITON_INTERPRET", "PYTEST_XDIST")  # pytest-benchmark refuses to measure within the latter
     outside = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return outside | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": str(THREADS)} | dict(changes or {})
 
 
 class Program:
-    """`python *argv`, its output in these files. Losing this object's process kills it."""
+    """`python *argv`, with its output in these files. It is killed when the process that owns this object ends."""
 
     def __init__(self, argv: list[str], cwd: Path, env: Mapping[str, str], stdout: int, stderr: int):
         accounts.program_starts()
@@ -65,7 +65,7 @@ class Program:
         self.returncode: int | None = None
 
     def wait(self, timeout: float = HANG) -> int:
-        """The exit code; -N if signal N ended it. subprocess.TimeoutExpired after `timeout` seconds."""
+        """Return the exit code; -N if signal N ended it. subprocess.TimeoutExpired after `timeout` seconds."""
         if self.returncode is None:
             if not select.select([self._server], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
@@ -75,7 +75,7 @@ class Program:
         return self.returncode
 
     def poll(self) -> int | None:
-        """The exit code, or None as long as it runs."""
+        """Return the exit code, or None while it runs."""
         ended = self.returncode is not None or select.select([self._server], [], [], 0)[0]
         return self.wait() if ended else None
 
@@ -84,7 +84,7 @@ class Program:
 
 
 def connected(interpreted: bool) -> socket.socket:
-    """To the server that all processes of this run of the tests share; the first who asks starts it."""
+    """Connect to the server that all processes of this test run share; the first call starts it."""
     name = f"gpt2fast-tests-{accounts.owner()}-{'interpreted' if interpreted else 'plain'}"
     start, process = time.monotonic(), None
     while True:
@@ -92,11 +92,11 @@ def connected(interpreted: bool) -> socket.socket:
         try:
             connection.connect(f"\0{name}")
             return connection
-        except ConnectionRefusedError:  # it is not there, or still imports
+        except ConnectionRefusedError:  # it does not run yet, or is still importing
             connection.close()
         if process is None:
             command = [sys.executable, str(Path(__file__).with_name("server.py")), name, *LIBRARIES]
-            # Triton asks when it is imported, which torch._dynamo does, and what it has decorated stays as it is
+            # Triton reads TRITON_INTERPRET when torch._dynamo imports it, and what it has decorated stays as it is
             env = environment({"PYTHONPATH": "", "TRITON_INTERPRET": "1" if interpreted else "0"})
             env |= accounts.of_owner()
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
@@ -108,7 +108,7 @@ def connected(interpreted: bool) -> socket.socket:
 def start(
     *argv: object, cwd: Path, log: Path | int, env: Mapping[str, str] | None = None
 ) -> Program | subprocess.Popen:
-    """`python *argv`; what it prints goes to the end of `log`, a path or a file descriptor."""
+    """Start `python *argv`, with its output appended to `log`, a path or a file descriptor."""
     with open(log, "ab", closefd=isinstance(log, Path)) as file:
         return _start(list(map(str, argv)), cwd, environment(env), file.fileno(), file.fileno())
 
@@ -116,7 +116,7 @@ def start(
 def call(
     function: Callable[..., int | None], *args: object, cwd: Path, log: Path, env: Mapping[str, str] | None = None
 ) -> Program | subprocess.Popen:
-    """function(*args) as a program, its exit code what that returns. The function must be one of a module."""
+    """Start function(*args) as a program whose exit code is the result. The function must be at the top of a module."""
     what = pickle.dumps((function.__module__, function.__qualname__, args))
     return start("-c", CALL, base64.b64encode(what).decode(), cwd=cwd, log=log, env=env)
 
@@ -131,7 +131,7 @@ def _start(argv: list[str], cwd: Path, env: Mapping[str, str], stdout: int, stde
 def run(
     *argv: object, cwd: Path, env: Mapping[str, str] | None = None, check: bool = False
 ) -> subprocess.CompletedProcess:
-    """`python *argv` to its end -> exit code and what it printed. `check`: AssertionError unless that is 0."""
+    """Run `python *argv` and return exit code and output. `check`: AssertionError unless the exit code is 0."""
     with tempfile.TemporaryFile("w+", newline="") as out, tempfile.TemporaryFile("w+", newline="") as err:
         code = _start(list(map(str, argv)), cwd, environment(env), out.fileno(), err.fileno()).wait(HANG)
         out.seek(0), err.seek(0)
@@ -141,7 +141,7 @@ def run(
 
 
 def until(ready: Callable[[], object], program: Program | subprocess.Popen, log: Path) -> None:
-    """Wait for an event that a program brings about. AssertionError, with its log, if it ends before that, or hangs."""
+    """Wait for an event that a program causes. AssertionError, with its log, if the program ends first, or hangs."""
     start = time.monotonic()
     while not ready():
         assert program.poll() is None, f"it ended with {program.poll()}: {log.read_text()[-3000:]}"

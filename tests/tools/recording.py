@@ -1,4 +1,4 @@
-"""CUDA graphs played by hand, where there is no GPU."""
+"""A simulation of CUDA graphs, for tests without a GPU."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,8 +7,11 @@ from gpt2fast.training.graph import GraphedStep
 
 
 def played_by_hand(made: list[GraphedStep]) -> Callable:
-    """In the place of graph.record: what was recorded is done again. As on a GPU, the work that found no gradient
-    writes new ones each time, and nothing but that work is done when it is recorded (here, to have gradients)."""
+    """Return a stand-in for record_graph, whose replay does the recorded work again.
+
+    As on a GPU, work that was recorded without gradients writes new ones in each replay. Only that work is also done
+    when it is recorded (here, so that gradients exist).
+    """
 
     def record(work, other=None):
         optimizer = made[0].optimizer

@@ -1,4 +1,4 @@
-"""A finished run as tests compare it: its rows without the clock's part, its weights and moments."""
+"""A finished run as tests compare it: its rows without times, its weights and moments."""
 
 import torch
 from safetensors.torch import load_file
@@ -8,13 +8,13 @@ from gpt2fast.weights import checkpoint
 
 
 def metrics(c):
-    """The rows of a run, without the clock's part."""
+    """Return the rows of a run, without times."""
     rows = run.read_metrics(c.folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in ("tokens_per_s", "mfu")} for row in rows]
 
 
 def tensors(c):
-    """Weights and moments of a run's newest checkpoint."""
+    """Return weights and moments of a run's newest checkpoint."""
     _, path = checkpoint.list_checkpoints(c.folder / "checkpoints")[-1]
     return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
 

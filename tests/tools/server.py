@@ -1,10 +1,10 @@
 """A Python that has imported torch and starts programs by forking: 0.1 s each, where a new Python takes 3 s.
 
-Run as a file by `programs`, never imported: what is imported here is there in every program, so it imports nothing of
-ours. Arguments: the name of the abstract socket on which it listens, and the libraries. Of two that are given one name
-the second ends at once. Over a connection come three file descriptors, a program's standard streams, and a line of JSON
-that describes it; back go its process id and its exit status. When the other end is closed, the program is killed: a
-test process that dies takes its programs with it.
+`programs` runs this file and never imports it: every program inherits what is imported here, so it imports nothing of
+ours. Arguments: the name of the abstract socket on which it listens, and the libraries. A second server with the same
+name ends at once. A connection brings three file descriptors, a program's standard streams, and a line of JSON that
+describes it; the answers are its process id and its exit status. When the other end is closed, the program is killed,
+so a test process that dies takes its programs with it.
 """
 
 import atexit
@@ -20,7 +20,7 @@ import threading
 
 
 def serve(name: str) -> None:
-    """For ever: `watch` ends it."""
+    """Serve forever; `watch` ends this process."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(f"\0{name}")
@@ -28,7 +28,7 @@ def serve(name: str) -> None:
         os._exit(0)
     prepare(sys.argv[2:])
     listener.listen(64)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no keeper is waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for keepers
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -41,21 +41,21 @@ def serve(name: str) -> None:
 
 def prepare(libraries: list[str]) -> None:
     for name in libraries:
-        with contextlib.suppress(ImportError):  # then the programs do without it too
+        with contextlib.suppress(ImportError):  # programs then have to do without it too
             __import__(name)
-    atexit._clear()  # what libraries do at the end of this process is not for its programs to do
+    atexit._clear()  # programs must not run what libraries have registered for the end of this process
     gc.collect()
-    gc.freeze()  # or each program's collector would copy all pages of it
+    gc.freeze()  # otherwise each program's garbage collector would copy all pages
 
 
 def keep(connection: socket.socket) -> dict | None:
-    """The request, in the program; nothing in its keeper, once the program has ended."""
+    """Fork a program. Return the request in the program, and None in its keeper once the program has ended."""
     _, streams, *_ = socket.recv_fds(connection, 1, 3)
     with connection.makefile("rb") as file:
         request = json.loads(file.readline())
     pid = os.fork()
     if pid == 0:
-        os.setsid()  # a group of its own, to be killed as one
+        os.setsid()  # a process group of its own, which can be killed as one
         connection.close()
         for number, fd in enumerate(streams):
             os.dup2(fd, number)
@@ -66,17 +66,17 @@ def keep(connection: socket.socket) -> dict | None:
     connection.sendall(b"%d\n" % pid)
     ended = os.pidfd_open(pid)
     if connection.fileno() in select.select([connection.fileno(), ended], [], [])[0]:
-        with contextlib.suppress(ProcessLookupError):  # it has just begun, or ended
+        with contextlib.suppress(ProcessLookupError):  # it has just started, or ended
             os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(OSError):  # nobody is there who asked
+    with contextlib.suppress(OSError):  # no one is connected any more
         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
     return None
 
 
 def end_of(request: dict) -> int:
-    """The exit code, when all is done that Python does at its end but for taking itself apart, which takes 0.5 s."""
+    """Run the program and return its exit code, after Python's shutdown steps but finalization, which takes 0.5 s."""
     code = 0
     try:
         run(request)
@@ -90,21 +90,21 @@ def end_of(request: dict) -> int:
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # closed, or nobody reads it
+        except (OSError, ValueError):  # closed, or no one reads it
             code = code or 120
     return code
 
 
 def run(request: dict) -> None:
-    """As Python would: its command line, environment, working folder, path and threads."""
+    """Run the program as Python would, with its command line, environment, working folder, path and threads."""
     import runpy
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background would have ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -130,5 +130,5 @@ def run(request: dict) -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this file's folder, whose names are those of modules of ours
+    del sys.path[0]  # this file's folder, whose modules have names of ours
     serve(sys.argv[1])

@@ -12,7 +12,7 @@ from gpt2fast.training.choices import Choices
 from gpt2fast.training.config import TrainConfig
 
 MODEL = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=256)
-GPT2_WORDS = replace(MODEL, vocab_size=50257)  # where tokens become text, 20 ms a step
+GPT2_WORDS = replace(MODEL, vocab_size=50257)  # for tests with text, 20 ms a step
 FLAGS = [
     "nano", "--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "16",
     "--model.vocab-size", "256",
@@ -23,7 +23,7 @@ FLAGS = [
 
 
 def write_data(folder: Path, seed: int = 0, n: int = 1000) -> Path:
-    """A train and a val shard of token pairs: after token 2k comes 2k + 1, so there is something to learn."""
+    """Write a train and a val shard of token pairs: 2k + 1 follows 2k, so there is something to learn."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, size in (("train", n), ("val", 200)):
@@ -33,7 +33,7 @@ def write_data(folder: Path, seed: int = 0, n: int = 1000) -> Path:
 
 
 def choices(**changes) -> Choices:
-    """Those of FLAGS."""
+    """Return the choices that FLAGS lead to."""
     base = Choices(
         device="cpu", device_name="a CPU, 1 threads", ranks=1, torch="2.11.0", precision="fp32", tf32=None,
         residual="fp32", compile=False, deterministic=False, recompute=False, cuda_graph=False, optimizer="torch",
@@ -43,7 +43,7 @@ def choices(**changes) -> Choices:
 
 
 def config(folder: Path, **changes) -> TrainConfig:
-    """What FLAGS say, for a run folder/out/tiny on folder/data."""
+    """Return the config that FLAGS give, for the run folder/out/tiny on folder/data, which is written if missing."""
     if not (folder / "data").exists():
         write_data(folder / "data")
     base = TrainConfig(

@@ -1,8 +1,8 @@
-"""Watches a pytest process from outside: measures what it and its processes take, and kills them when it has ended.
+"""A process that measures the memory of a pytest process and its children, and kills the children when it has ended.
 
-Run as a file by `accounts`, in a Python without site-packages. Arguments: the process's id, the mark that it puts into
-the environment of all that it starts, and where to write. Its standard input ends when that process ends, however that
-happens: then whatever has the mark and still lives is killed. Linux only: it reads /proc.
+`accounts` runs this file, in a Python without site-packages. Arguments: the pytest process's id, the mark that it puts
+into the environment of all that it starts, and the file to write. This process's standard input ends when the pytest
+process ends, however that happens; then all processes with the mark are killed. Linux only: it reads /proc.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ EVERY = 1.0  # seconds between two measurements
 
 
 def marked(mark: bytes) -> list[int]:
-    """Processes that inherited the mark, but for this one."""
+    """Return the processes that inherited the mark, without this one."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
@@ -27,7 +27,7 @@ def marked(mark: bytes) -> list[int]:
 
 
 def memory(pid: int) -> int:
-    """Bytes of it: pages that n processes share count an nth in each."""
+    """Return a process's memory in bytes; a page that n processes share counts 1/n."""
     with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/smaps_rollup") as file:
         for line in file:
             if line.startswith("Pss:"):
@@ -36,7 +36,7 @@ def memory(pid: int) -> int:
 
 
 def kill_all(mark: bytes) -> None:
-    """Until none is left: one may have been starting another."""
+    """Kill until no process is left, since one may be starting another."""
     for _ in range(100):
         left = marked(mark)
         if not left:

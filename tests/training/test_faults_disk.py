@@ -16,7 +16,7 @@ from gpt2fast.train import train
 from gpt2fast.training import session
 from gpt2fast.weights import checkpoint
 from tests.tools import tiny
-from tests.tools.injected_runs import SHORT, go_on, rows, rubbish, straight, weights
+from tests.tools.injected_runs import SHORT, resume_or_restart, rows, rubbish, straight, weights
 from tests.tools.injection import every_call, failing
 
 CODES = [errno.ENOSPC, errno.EIO]
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_cannot_be_written(folder, capsys, code):
         with failing(".step_00000004", k, code) as disk, pytest.raises(RunError, match="step_00000002, which is whole"):
             train(c)
         assert disk.failed
-        go_on(c)
+        resume_or_restart(c)
         assert (rows(c), weights(c)) == want
         shutil.rmtree(c.folder)
 
@@ -79,7 +79,7 @@ def test_a_run_file_that_cannot_be_written(folder, capsys, monkeypatch, name, co
             else:
                 assert not disk.failed
                 break
-        go_on(c)
+        resume_or_restart(c)
         assert (rows(c), weights(c)) == want
 
 
@@ -94,7 +94,7 @@ def test_a_metrics_line_cut_by_a_full_disk(folder, capsys):
     assert lines[-1], "no half line was left, so the test tests nothing"
     with pytest.raises(ValueError, match="Expecting|Unterminated"):
         json.loads(lines[-1])
-    go_on(c)
+    resume_or_restart(c)
     assert (rows(c), weights(c)) == want
 
 
