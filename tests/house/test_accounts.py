@@ -1,4 +1,4 @@
-"""Whatever stops the tests stops every process that they started; and what a run took is said at its end."""
+"""However a test run ends, every process that it started ends too; and its resources are printed at the end."""
 
 import os
 import re
@@ -25,10 +25,10 @@ programs.LIBRARIES.clear()  # they are not needed here, and take seconds and mem
 SLEEP = "import os, time; os.fork(); time.sleep(10**6)"
 
 def start_and(do):
-    # one that has left group and session, and one of the server's
-    away = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
+    # one with a group and session of its own, and one that the server starts
+    detached = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
     program = programs.start("-c", SLEEP, cwd=Path.cwd(), log=Path("log"))
-    Path(f"{os.getpid()}.new").write_text(f"{away.pid} {program.pid}")
+    Path(f"{os.getpid()}.new").write_text(f"{detached.pid} {program.pid}")
     Path(f"{os.getpid()}.new").rename(f"{os.getpid()}.started")
     do()
 
@@ -45,17 +45,17 @@ def test_end():
 
 @pytest.fixture
 def tests(tmp_path):
-    """tests(*options): pytest on TEST with the hooks of `accounts` alone, and a word that all its processes inherit."""
+    """tests(*options) runs pytest on TEST with the hooks of `accounts` only, and a word that all processes inherit."""
     (tmp_path / "test_a.py").write_text(TEST)
     (tmp_path / "pytest.ini").touch()
 
     def start(*options):
         word = uuid.uuid4().hex
         env = programs.environment({"TEST_OF_ACCOUNTS": word})
-        del env[accounts.OWNER]  # it has servers of its own
+        del env[accounts.OWNER]  # so that it has servers of its own
         command = [sys.executable, "-m", "pytest", "-p", "tests.tools.accounts", "-p", "no:cacheprovider", *options]
         how = {"cwd": tmp_path, "env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
-        # which is ignored by all that a shell has started in its background
+        # a process that a shell has started in the background ignores SIGINT
         how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, **how)
@@ -98,7 +98,7 @@ def test_no_process_is_left(tests, stop, tmp_path):
 
 
 @pytest.mark.long
-def test_a_killed_worker_takes_with_it_what_it_started(tests, tmp_path):
+def test_processes_of_a_killed_worker_end(tests, tmp_path):
     process, word = tests("-n", "2", "test_a.py::test_a", "test_a.py::test_b")
     wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2, tmp_path / "log")
     file = next(tmp_path.glob("*.started"))
@@ -111,7 +111,7 @@ def test_a_killed_worker_takes_with_it_what_it_started(tests, tmp_path):
     wait_until(lambda: marked(word) == [], tmp_path / "log")
 
 
-def test_a_run_that_ends_says_what_it_took_and_leaves_nothing(tests, tmp_path):
+def test_a_run_that_ends_prints_its_resources_and_leaves_no_process(tests, tmp_path):
     process, word = tests("test_a.py::test_end", "--durations=10")
     assert process.wait(HANG) == 0, (tmp_path / "log").read_text()
     wait_until(lambda: marked(word) == [], tmp_path / "log")

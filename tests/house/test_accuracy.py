@@ -1,4 +1,4 @@
-"""The judge of all kernels is judged: it lets honest rounding pass, and nothing that is worse."""
+"""The accuracy rules themselves: honest rounding passes them, and anything worse fails."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def truth() -> torch.Tensor:
 
 
 def truncated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounded towards zero."""
+    """Round towards zero."""
     nearest = x.to(dtype)
     too_large = nearest.double().abs() > x.abs()
     return torch.where(too_large, nearest.view(AS_INT[dtype]) - 1, nearest.view(AS_INT[dtype])).view(dtype)
@@ -33,7 +33,7 @@ def test_truncation_instead_of_rounding_fails_by_the_rms_rule(truth, dtype):
         assert_as_accurate(truncated(truth, dtype), truth, truth.to(dtype))
 
 
-def test_tf32_passes_for_no_fp32(truth):
+def test_tf32_fails_as_fp32(truth):
     with pytest.raises(AssertionError, match="max error"):
         assert_as_accurate(truth.to(torch.float16).float(), truth, truth.float())
 
@@ -47,7 +47,7 @@ def test_a_single_wrong_value_fails_by_the_max_rule(truth, dtype):
         assert_as_accurate(got, truth, truth.to(dtype), name="dx")
 
 
-def test_the_factor_widens_the_max_rule_alone():
+def test_the_factor_widens_the_max_rule_only():
     truth, base = torch.zeros(2, dtype=torch.float64), torch.full((2,), 1.0)
     near, far = torch.tensor([2.5, 0.0]), torch.full((2,), 1.6)
     with pytest.raises(AssertionError, match=r"max error 2.500e\+00 is 2.5 times"):
@@ -59,7 +59,7 @@ def test_the_factor_widens_the_max_rule_alone():
     assert_as_accurate(near * 0.8, truth, base)
 
 
-def test_a_lucky_base_of_few_numbers_is_judged_with_those_of_nearby_inputs():
+def test_for_few_numbers_the_errors_of_nearby_inputs_count_too():
     third, seventh = torch.tensor([1 / 3], dtype=torch.float64), torch.tensor([1 / 7], dtype=torch.float64)
     off = torch.tensor([6e-6])
     lucky, usual = (third, third.float()), (seventh, (seventh + 4e-6).float())
@@ -70,7 +70,7 @@ def test_a_lucky_base_of_few_numbers_is_judged_with_those_of_nearby_inputs():
         assert_as_accurate(third.float() + off * 5 / 3, *lucky, nearby=[usual])
 
 
-def test_a_kernel_with_one_result_is_judged_by_nearby_inputs_and_still_fails_if_it_is_worse():
+def test_a_kernel_with_one_result_passes_by_nearby_inputs_and_fails_if_it_is_worse():
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     assert_kernel_is_as_accurate(lambda x: x.flip(0).cumsum(0)[-1:], lambda x: x.sum(0, True), [x])
     with pytest.raises(AssertionError, match="output 0: max error"):
@@ -85,7 +85,7 @@ def test_a_kernel_with_one_result_is_judged_by_nearby_inputs_and_still_fails_if_
         pytest.param(torch.bfloat16, 1, False, id="bf16-beyond-half-an-eps"),
     ],
 )
-def test_where_the_base_is_exact_the_floors_decide(dtype, off, passes):
+def test_the_floors_decide_if_the_base_is_exact(dtype, off, passes):
     truth = torch.ones(8, dtype=torch.float64)
     got = torch.ones(8, dtype=dtype) + off * torch.finfo(dtype).eps
     if passes:

@@ -1,4 +1,4 @@
-"""Which long tests CI runs for a change."""
+"""The long tests that CI runs for a change."""
 
 import subprocess
 
@@ -16,11 +16,11 @@ def found(*paths: str) -> set[str]:
 
 
 def planted_in(tests: set[str]) -> set[str]:
-    """The modules whose mutants are named."""
+    """Return the modules whose mutants are in `tests`."""
     return {test.partition("[")[2].partition(":")[0] for test in tests if test.startswith(MUTANTS)}
 
 
-def test_a_kernel_has_its_mutants_and_what_holds_for_all_kernels():
+def test_a_kernel_affects_its_mutants_and_the_tests_of_all_kernels():
     tests = found("kernels/tanh_gelu.py")
     assert planted_in(tests) == {"kernels/tanh_gelu.py"}
     assert len([test for test in tests if test.startswith(MUTANTS)]) == len(planted()["kernels/tanh_gelu.py"])
@@ -31,13 +31,13 @@ def test_a_kernel_has_its_mutants_and_what_holds_for_all_kernels():
     }  # fmt: skip
 
 
-def test_a_file_of_tests_has_the_mutants_that_it_must_catch():
+def test_a_test_file_affects_the_mutants_that_it_must_catch():
     tests = found("tests/kernels/test_epilogue.py")
     assert planted_in(tests) == {"kernels/epilogue.py", "kernels/matmul.py"}
     assert "tests/kernels/test_epilogue.py" in tests
 
 
-def test_mutants_themselves():
+def test_a_file_of_mutants_affects_them():
     assert planted_in(found("tests/model/mutants_cpu.py")) == {"gpt2fast/cpu.py"}
 
 
@@ -48,15 +48,17 @@ def test_mutants_themselves():
         ("gpt2fast/weights/openai.py", "tests/long/test_fuzz.py"),
         ("gpt2fast/machine/world.py", "tests/long/test_hosts.py"),
         ("tests/long/soak.py", "tests/long/test_soak.py"),
+        ("tests/long/process.py", "tests/long/test_kills.py"),
+        ("tests/machine/conftest.py", "tests/machine"),
         ("tests/long/test_hosts.py", "tests/long/test_hosts.py"),
         ("README.md", "tests/house/test_readme.py"),
     ],
 )
-def test_what_leans_on_it_is_run(path, test):
+def test_a_change_affects_the_tests_that_depend_on_it(path, test):
     assert test in found(path)
 
 
-def test_documents_and_results_concern_nothing_else():
+def test_documents_and_results_affect_nothing_else():
     assert found("README.md") == {"tests/house/test_readme.py"}
     assert found("CONTRIBUTING.md", "benchmarks/NOTES.md", "benchmarks/results/cpu/a.jsonl") == set()
 
@@ -64,15 +66,15 @@ def test_documents_and_results_concern_nothing_else():
 @pytest.mark.parametrize(
     "path", ["tests/tools/affected.py", "tests/tools/tiny.py", "tests/conftest.py", "pyproject.toml", ".ci/run"]
 )
-def test_the_rule_the_helpers_and_the_settings_concern_everything(path):
+def test_the_rule_the_tools_and_the_settings_affect_everything(path):
     assert found("README.md", path) == {EVERYTHING}
 
 
-def test_a_file_that_is_gone_concerns_nothing():
+def test_a_deleted_file_affects_nothing():
     assert found("tests/kernels/test_gone.py", "gpt2fast/gone.py") == set()
 
 
-def test_all_that_is_named_exists():
+def test_all_listed_files_exist():
     for test, patterns in LEANS.items():
         assert (CHECKOUT / test).is_file()
         for pattern in patterns.split():
@@ -83,7 +85,7 @@ def test_all_that_is_named_exists():
 
 @pytest.fixture
 def git(tmp_path, monkeypatch):
-    """git(*words, date=): in a repository of one commit, of yesterday."""
+    """git(*words, date=) runs git in a repository with one commit of the day before."""
 
     def run(*words, date="2026-01-02T12:00:00Z"):
         env = {
@@ -104,7 +106,7 @@ def git(tmp_path, monkeypatch):
     return run
 
 
-def test_the_change_is_what_origin_has_not(git):
+def test_the_base_is_the_last_commit_that_origin_has(git):
     theirs = git("rev-parse", "HEAD")
     git("update-ref", "refs/remotes/origin/main", theirs)
     git("commit", "-qm", "b", "--allow-empty")
@@ -112,7 +114,7 @@ def test_the_change_is_what_origin_has_not(git):
 
 
 @pytest.mark.parametrize("pushed", [True, False])
-def test_or_what_is_of_the_day_where_origin_has_all_or_is_not_known(git, pushed):
+def test_the_base_is_the_last_commit_of_the_day_before_if_origin_has_all_or_is_unknown(git, pushed):
     before = git("rev-parse", "HEAD")
     for name in "bc":
         git("commit", "-qm", name, "--allow-empty")
@@ -121,7 +123,7 @@ def test_or_what_is_of_the_day_where_origin_has_all_or_is_not_known(git, pushed)
     assert base_of() == before
 
 
-def test_of_a_first_day_all_is_new_but_the_first_commit(git):
+def test_the_base_is_the_first_commit_on_the_first_day(git):
     assert base_of() == git("rev-parse", "HEAD")
     git("commit", "-qm", "b", "--allow-empty", date="2026-01-01T13:00:00Z")
     assert base_of() == git("rev-list", "--max-parents=0", "HEAD")

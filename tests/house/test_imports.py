@@ -1,4 +1,4 @@
-"""The law: who may import whom, folder by folder."""
+"""The law: which folder may import which."""
 
 import ast
 import sys
@@ -26,7 +26,7 @@ MAY = {
 }  # fmt: skip
 
 KERNELS = {
-    # file of kernels/: files of kernels/ that it imports
+    # file of kernels/: the files of kernels/ that it imports
     "adamw": "launch registration",
     "attention_backward": "attention_tiles",
     "attention_decode": "attention_forward launch registration",
@@ -43,15 +43,15 @@ KERNELS = {
     "tanh_gelu": "launch registration",
 }
 
-EXTERNAL = {"reference": {"torch"}, "ops": {"torch"}, "model": {"torch"}, "errors": set()}  # where that matters
-HEAVY = {  # imported when needed, if ever
+EXTERNAL = {"reference": {"torch"}, "ops": {"torch"}, "model": {"torch"}, "errors": set()}  # third-party packages
+HEAVY = {  # imported only when needed
     "tyro", "triton", "transformers", "matplotlib", "tensorboard", "pyarrow", "datasets", "huggingface_hub",
 }  # fmt: skip
 OURS = [path for path in FILES if path.startswith("gpt2fast/")]
 
 
 def folder_of(name: str) -> str:
-    """gpt2fast.training.optim, or gpt2fast/training/optim.py -> training; on top: model, programs, or itself."""
+    """Return the folder of a module's name or path; at the top of gpt2fast/: model, programs, or the file's name."""
     parts = name.removesuffix(".py").replace("/", ".").split(".")
     if parts[1] in (*FOLDERS, "errors", "command", "kernels"):
         return parts[1]
@@ -63,7 +63,7 @@ def parse(path: str) -> ast.Module:
 
 
 def imports(tree: ast.AST, package: str) -> set[str]:
-    """Full names of all that a member of `package` imports, also inside functions, also through import_module."""
+    """Return the full names of all that a module of `package` imports, also in functions and by import_module."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -73,13 +73,13 @@ def imports(tree: ast.AST, package: str) -> set[str]:
             base = ".".join(parent + ([node.module] if node.module else []))
             names |= {f"{base}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            assert isinstance(node.args[0], ast.Constant), f"{ast.unparse(node)} imports what cannot be told"
+            assert isinstance(node.args[0], ast.Constant), f"{ast.unparse(node)}: the name must be a constant"
             names.add(node.args[0].value)
     return names
 
 
 def ours(path: str) -> set[str]:
-    """What a file of gpt2fast imports of gpt2fast: its modules, as paths, or "kernels"."""
+    """Return the modules of gpt2fast that a file of gpt2fast imports, as paths."""
     found = set()
     for name in imports(parse(path), ".".join(Path(path).parent.parts)):
         parts = name.split(".")
@@ -102,7 +102,7 @@ def third_party(names: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("path", OURS)
-def test_it_imports_what_the_law_allows(path):
+def test_each_module_imports_what_the_law_allows(path):
     arrows = {folder_of(other) for other in ours(path)} - {"kernels"}
     folder = folder_of(path)
     assert arrows <= MAY[folder] | ({folder} if folder not in ("programs", "errors", "command") else set())
@@ -110,12 +110,12 @@ def test_it_imports_what_the_law_allows(path):
         assert third_party(imports(parse(path), "gpt2fast")) == EXTERNAL[Path(path).stem]
 
 
-def test_no_arrow_leads_back():
+def test_imports_have_no_cycle():
     TopologicalSorter({path: ours(path) - {path} for path in OURS}).prepare()
     TopologicalSorter({module: arrows.split() for module, arrows in KERNELS.items()}).prepare()
 
 
-def test_every_kernel_file_declares_its_arrows():
+def test_every_kernel_file_declares_its_imports():
     assert set(KERNELS) == stems("kernels")
 
 
@@ -131,14 +131,14 @@ def test_kernels_import_torch_triton_and_each_other(module):
 
 
 @pytest.mark.parametrize("folder", ["gpt2fast", "kernels", "benchmarks"])
-def test_nothing_imports_tests_and_only_benchmarks_import_benchmarks(folder):
+def test_no_module_imports_tests_and_only_benchmarks_import_benchmarks(folder):
     forbidden = {"tests"} | ({"benchmarks"} if folder != "benchmarks" else set())
     for path in FILES:
         if path.startswith(f"{folder}/"):
             assert not {name.split(".")[0] for name in imports(parse(path), folder)} & forbidden, path
 
 
-def test_ops_alone_chooses_kernels_and_inside_a_function():
+def test_only_ops_imports_kernels_and_in_one_function():
     users = [path for path in OURS if "gpt2fast/kernels.py" in ours(path)]
     assert users == ["gpt2fast/kernels.py", "gpt2fast/ops.py"]
     places = [
@@ -150,7 +150,7 @@ def test_ops_alone_chooses_kernels_and_inside_a_function():
 
 
 def test_importing_a_program_imports_nothing_heavy(fresh_python):
-    """Each in a fork of one new interpreter, which has imported what all of them need."""
+    """Each program in a fork of one new interpreter, which has imported torch."""
     code = f"""
 import os, sys, torch
 for program in {sorted(PROGRAMS)!r}:
@@ -180,6 +180,6 @@ print("trained")
 
 
 def test_transformers_imports_with_the_checkout_as_current_folder(run_python):
-    pytest.importorskip("transformers", reason="it is transformers that looks for a package named kernels")
+    pytest.importorskip("transformers", reason="transformers looks for a package named kernels")
     done = run_python("-c", "from transformers import GPT2LMHeadModel as m; print(m)", cwd=CHECKOUT, check=True)
     assert "GPT2LMHeadModel" in done.stdout

@@ -1,4 +1,4 @@
-"""The repaired interpreter against torch, bit for bit; and how our kernels refuse the one that is not repaired."""
+"""The repaired interpreter against torch, bit for bit; and how our kernels refuse an unrepaired one."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted where there is a GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled on a GPU")
 
 N = 1024
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 3.4e38, -3.4e38, 1.00390625, 1.01171875]
-SPECIAL += [3.3895313892515355e38, 3.3961e38, 65504.0, 65520.0, 1.0, -1.0]  # the largest of each type, and over them
+SPECIAL += [3.3895313892515355e38, 3.3961e38, 65504.0, 65520.0, 1.0, -1.0]  # the largest of each type, and larger ones
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _cast_kernel(x_ptr, o_ptr, N: tl.constexpr):
 @triton.jit
 def _store_kernel(x_ptr, o_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
-    tl.store(o_ptr + offs, tl.load(x_ptr + offs))  # the cast is the store's
+    tl.store(o_ptr + offs, tl.load(x_ptr + offs))  # the store casts
 
 
 @triton.jit
@@ -88,7 +88,9 @@ def _range_kernel(o_ptr, lo_ptr, hi_ptr):
 def values(seed: int) -> torch.Tensor:
     x = torch.randn(N, generator=torch.Generator().manual_seed(seed)) * 10 ** torch.linspace(-38, 38, N)
     x[: len(SPECIAL)] = torch.tensor(SPECIAL)
-    x[-2:] = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaN rounding would lose
+    x[-2:] = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(
+        torch.float32
+    )  # NaN that rounding would change
     return x
 
 
@@ -120,20 +122,20 @@ def test_bf16_arithmetic():
     x[: len(pairs)], y[: len(pairs)] = pairs.T
     o = torch.empty(11, N, dtype=torch.bfloat16)
     _arithmetic_kernel[(1,)](x, y, o, N=N)
-    negates = hasattr(triton_interpreter.InterpreterBuilder, "create_fneg")  # else -y is 0 - y, compiled or not
+    negates = hasattr(triton_interpreter.InterpreterBuilder, "create_fneg")  # without it -y is 0 - y, compiled or not
     minus_y = -y if negates else 0 - y
     want = (x + y, x - y, x * y, torch.where(x < y, x, minus_y), x / y, x * 1.5 + 2)
     want += (torch.where((x <= y) & (x != y), x, 1.0), x.abs())
     want += ((x.double() * y.double() + x.double()).float().bfloat16(),)
     for i in range(len(want)):
         assert_same(o[i], want[i])
-    differ = ~(x.isnan() | y.isnan()) & (x != y)  # of NaN, and of two zeros, maximum may return either
+    differ = ~(x.isnan() | y.isnan()) & (x != y)  # for NaN, and for two zeros, maximum may return either
     assert_same(o[9][differ], torch.maximum(x, y)[differ])
     assert_same(o[10][differ], torch.minimum(x, y)[differ])
 
 
 def test_bf16_reductions_round_once():
-    x = (random(16, 64) * 100).round().bfloat16()  # whole numbers: fp32 sums are exact in whatever order
+    x = (random(16, 64) * 100).round().bfloat16()  # integers: fp32 sums are exact in any order
     o, scan = torch.zeros(5, 16, dtype=torch.bfloat16), torch.empty_like(x)
     _reduce_kernel[(1,)](x, o, scan, M=16, N=64)
     wide = x.float()
@@ -147,10 +149,12 @@ def test_exp2_of_a_cast_is_rounded_to_nearest():
     x = random(N).bfloat16()
     o = torch.empty_like(x)
     _exp2_kernel[(1,)](x, o, N=N)
-    torch.testing.assert_close(o.double(), torch.exp2(x.double()), rtol=2**-8, atol=0)  # half a unit; cut off: a whole
+    torch.testing.assert_close(
+        o.double(), torch.exp2(x.double()), rtol=2**-8, atol=0
+    )  # half a unit; truncation errs by a whole
 
 
-def test_casts_to_fp8_and_towards_zero_stay_as_they_were():
+def test_casts_to_fp8_and_towards_zero_are_unchanged():
     x = torch.tensor([1.0, -2.5, 0.75, 1.0 + 3 * 2**-9, -1.0 - 2**-8 - 2**-9, 448.0, 0.0, -0.0])
     o = torch.empty(2, len(x))
     _untouched_kernel[(1,)](x, o, N=len(x))
@@ -197,7 +201,7 @@ except AssertionError as error:
     assert "has no ['create_nothing']: tests/tools/interpreter.py must be adapted" in interpreted
 
 
-def test_kernels_refuse_bf16_in_an_interpreter_that_nobody_repaired(run_python):
+def test_kernels_refuse_bf16_in_an_unrepaired_interpreter(run_python):
     code = """
 import torch
 from gpt2fast import kernels
@@ -211,7 +215,7 @@ except TypeError as error:
     assert "interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float32" in done.stdout
 
 
-def test_kernels_refuse_the_cpu_where_nothing_is_interpreted(run_python):
+def test_kernels_refuse_the_cpu_without_the_interpreter(run_python):
     code = """
 import torch
 from gpt2fast import kernels

@@ -24,7 +24,7 @@ spec = importlib.util.find_spec("kernels")
 print(json.dumps([registration.__name__, registration.__file__, list(spec.submodule_search_locations) if spec else []]))
 """
 NAME = "gpt2fast.kernels.registration"
-# Asked of the metadata: find_spec("pip") would make setuptools' hook forget distutils, which Inductor needs later.
+# Read from the metadata: find_spec("pip") would make setuptools' hook forget distutils, which Inductor needs later.
 INSTALLED = {package.name for package in importlib.metadata.distributions()}
 BUILDS = {"pip", "setuptools"} <= INSTALLED and int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
 
@@ -34,7 +34,7 @@ needs_builder = pytest.mark.skipif(not BUILDS, reason="building needs pip and se
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy, so that the build leaves nothing in the real one."""
+    """A copy of the checkout, so that the build leaves nothing in the real one."""
     copy = tmp_path_factory.mktemp("somewhere") / "checkout"
     copy.mkdir()
     for name in SHIPPED:
@@ -63,7 +63,7 @@ def wheel(checkout, tmp_path_factory) -> Path:
 
 
 def probe(python: Path | str, cwd: Path, pythonpath: Path | str) -> tuple[str, Path, list[str]]:
-    """What `import gpt2fast.kernels.registration` finds from `cwd`: name, file; and where a `kernels` would be."""
+    """Import gpt2fast.kernels.registration in `cwd`, and return its name and file, and where a `kernels` would be."""
     environment = os.environ | {"PYTHONPATH": str(pythonpath)}
     done = subprocess.run([python, "-c", PROBE], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -82,10 +82,10 @@ def test_a_checkout_as_the_current_folder(checkout):
 
 
 @needs_builder
-def test_the_wheel_holds_the_kernels_inside_gpt2fast(wheel, checkout):
+def test_the_wheel_has_all_folders_and_the_kernels_inside_gpt2fast(wheel, checkout):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {
-        f"gpt2fast/{path.relative_to(checkout / 'gpt2fast')}" for path in checkout.glob("gpt2fast/*.py")
+        f"gpt2fast/{path.relative_to(checkout / 'gpt2fast')}" for path in checkout.glob("gpt2fast/**/*.py")
     } | {f"gpt2fast/kernels/{path.name}" for path in checkout.glob("kernels/*.py")}
 
 

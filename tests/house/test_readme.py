@@ -1,6 +1,6 @@
-"""The documents: every command in them runs, made short; every link leads somewhere; what they list exists.
+"""The documents: every command in them runs, shortened; every link has a target; the files and tests they list exist.
 
-CI runs two of the commands from an empty environment, by name.
+CI runs two of the commands in an empty environment, by name.
 """
 
 import re
@@ -17,10 +17,10 @@ from tests.tools.hellaswag import write_jsonl
 
 pytest.importorskip("tyro", reason="needs tyro for the command lines")
 README = (CHECKOUT / "README.md").read_text()
-# README first: a reader has run its commands before those of the others
+# README first: a reader runs its commands before those of the other documents
 WITH_COMMANDS = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md")), CHECKOUT / "benchmarks/README.md"]
 WITH_LINKS = [*WITH_COMMANDS, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "benchmarks/NOTES.md"]
-LONGEST = 10_000  # bytes of the README: what does not fit goes to docs/
+LONGEST = 10_000  # bytes of the README; details are in docs/
 
 
 def blocks(language: str) -> list[str]:
@@ -28,17 +28,17 @@ def blocks(language: str) -> list[str]:
     return [block for document in WITH_COMMANDS for block in fence.findall(document.read_text())]
 
 
-# Each once, although several documents may show it
+# Each command once, although several documents may show it
 COMMANDS = list(dict.fromkeys(
     ["python -m gpt2fast.train"]
     + [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("python3 -m venv")]
 ))  # fmt: skip
 OF_RANKS = [command for command in COMMANDS if "torchrun" in command or "ranks" in command]
-# These programs run in tests of their own, whose minutes need not be spent twice.
+# Other tests run these programs, which takes minutes.
 HAVE_TESTS = [f"benchmarks.{name}" for name in ("ladder", "peers", "generate", "kernels", "aot")]
 HAVE_TESTS += [f"tests.long.{name}" for name in ("kills", "soak", "options", "fuzz")]
 INTERPRETED = f"{shlex.join(tiny.FLAGS[1:-2])} --model.n-embd 32 --model.vocab-size 50257 --data stdlib --steps 3"
-# What is added to keep a command short: of a flag that is given twice, the last counts.
+# The flags that shorten a command: if a flag is given twice, the last one counts.
 SHORT = {
     "gpt2fast.train": "--steps 4 --val-batches 1 --sample-tokens 3",
     "gpt2fast.train --resume": "--steps 6",
@@ -68,7 +68,6 @@ LINK = re.compile(r"\]\(([^)#\s]*)#?([^)\s]*)\)")
 
 
 def test_ci_finds_its_two_commands_by_name():
-    """CI runs what a reader sees first."""
     for name, end in (("train", "python -m gpt2fast.train"), ("test", "python -m pytest -n 2 --dist loadfile")):
         command = readme_command(name)
         assert command.startswith("python3 -m venv .venv &&")
@@ -77,7 +76,7 @@ def test_ci_finds_its_two_commands_by_name():
 
 
 def readme_command(name: str) -> str:
-    """The command that .ci/run finds: the line after the fence that follows <!-- command: NAME -->."""
+    """Return the command that .ci/run finds: the line after the fence that follows <!-- command: NAME -->."""
     return re.search(rf"<!-- command: {name} -->\n```bash\n(.*)\n```", README)[1]
 
 
@@ -86,8 +85,8 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("document", WITH_LINKS, ids=lambda path: str(path.relative_to(CHECKOUT)))
-def test_every_link_leads_somewhere(document):
-    """To a file or folder of the checkout, and to a heading where it names one."""
+def test_every_link_has_a_target(document):
+    """The target is a file or folder of the checkout, and a heading if the link names one."""
     dead = []
     for path, anchor in LINK.findall(document.read_text()):
         target = document.parent / path if path else document
@@ -97,7 +96,7 @@ def test_every_link_leads_somewhere(document):
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings."""
+    """Return the anchors that GitHub gives to the headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -107,19 +106,19 @@ def test_the_readme_links_to_every_document():
     assert [path for path in WITH_LINKS[1:] if path not in linked] == []
 
 
-def test_the_files_of_the_afternoon_are_as_long_as_they_are_said_to_be():
-    """Within 10%, each and all together."""
+def test_the_table_of_files_to_read_has_their_lengths():
+    """Each length is right within 10%, and the total is the sum."""
     table = re.search(r"<!-- afternoon -->\n(.*?)<!-- /afternoon -->", README, re.DOTALL)[1]
     named = [(path, int(lines)) for path, lines in re.findall(r"^\| \[.*?\]\((.*?)\) \| (\d+) \|", table, re.MULTILINE)]
     total = int(re.search(r"^\| \*\*all\*\* \| \*\*(.*?)\*\* \|", table, re.MULTILINE)[1].replace(",", ""))
     lengths = {path: len((CHECKOUT / path).read_text().splitlines()) for path, _ in named}
     wrong = {path: (lines, lengths[path]) for path, lines in named if abs(lines - lengths[path]) > 0.1 * lengths[path]}
-    assert len(named) == table.count("\n") - 3  # without head, rule and sum
+    assert len(named) == table.count("\n") - 3  # without header, rule and total
     assert wrong == {}
     assert total == sum(lines for _, lines in named)
 
 
-def test_each_fault_in_the_table_has_the_test_that_it_names():
+def test_each_test_in_the_table_of_faults_exists():
     text = (CHECKOUT / "docs/faults.md").read_text()
     lines = re.search(r"<!-- faults -->\n(.*?)<!-- /faults -->", text, re.DOTALL)[1].splitlines()[2:]
     named = [re.fullmatch(r"\| .* \| `(test_\w+)` \|", line)[1] for line in lines]
@@ -129,7 +128,7 @@ def test_each_fault_in_the_table_has_the_test_that_it_names():
 
 
 @pytest.mark.kernel
-def test_the_python_in_them_runs(device):
+def test_python_blocks_run(device):
     calls = []
 
     def my_attention(qkv, n_head):
@@ -146,18 +145,18 @@ def test_the_python_in_them_runs(device):
 
 
 def key_of(command: str) -> str:
-    """The key of a command in SHORT."""
+    """Return the key of a command in SHORT."""
     words = shlex.split(command.partition(" -m ")[2])
     return next(key for key in (" ".join(words[:2]), " ".join([words[0], *words[2:4]]), words[0]) if key in SHORT)
 
 
-def test_every_command_is_made_short_on_purpose():
+def test_every_command_is_in_short_and_no_other():
     assert {key_of(command) for command in COMMANDS} == set(SHORT)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of a reader, in which all commands run: with the documents, and what stands in for downloads."""
+    """The folder in which all commands run, with the documents, and files that replace downloads."""
     path = tmp_path_factory.mktemp("reader")
     shutil.copy(CHECKOUT / "README.md", path)
     shutil.copytree(CHECKOUT / "docs", path / "docs")
@@ -167,14 +166,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in OF_RANKS])
-def test_the_commands_run_in_the_order_in_which_they_stand(command, folder, run_python):
-    """Each needs what those before it left."""
+def test_commands_run_in_the_documents_order(command, folder, run_python):
+    """A command may need the files that earlier ones have written."""
     run_short(command, folder, run_python)
 
 
 @pytest.mark.long
-def test_those_of_many_ranks_do(folder, run_python):
-    """In one test: xdist gives each worker some of the long tests, and each worker has a folder of its own."""
+def test_commands_with_several_ranks_run(folder, run_python):
+    """In one test, since xdist distributes the long tests over workers, and each worker has its own folder."""
     for command in OF_RANKS:
         run_short(command, folder, run_python)
 
@@ -191,9 +190,9 @@ def run_short(command, folder, run_python) -> None:
     )  # fmt: skip
     if "pip install 'numpy<2.4'" in done.stderr:
         pytest.skip(done.stderr)
-    expected = 2 if key in ("benchmarks.gpu", "benchmarks.tune") else 0  # they say that there is no GPU
+    expected = 2 if key in ("benchmarks.gpu", "benchmarks.tune") else 0  # they need a GPU
     assert done.returncode == expected, f"{done.stdout}\n{done.stderr}"
 
 
-def test_the_first_of_them_left_a_picture(folder):
+def test_the_first_command_has_drawn_a_picture(folder):
     assert (folder / "out" / "nano" / "loss.png").exists()

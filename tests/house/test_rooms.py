@@ -1,4 +1,4 @@
-"""The house of the tests: a file for each module, helpers imported from tests.tools, no test that imports a test."""
+"""The layout of the tests: a file for each module, helpers only in tests.tools, and no test imports another."""
 
 import ast
 
@@ -15,7 +15,7 @@ def test_each_module_has_a_file_of_tests(module):
     assert (TESTS / tests_of(module)).is_file()
 
 
-def test_the_folders_of_gpt2fast_are_those_of_the_plan():
+def test_the_folders_of_gpt2fast_are_those_that_rooms_lists():
     found = {path.name for path in (CHECKOUT / "gpt2fast").iterdir() if (path / "__init__.py").exists()}
     assert found == set(FOLDERS)
 
@@ -30,7 +30,7 @@ def test_no_file_is_longer_than_about_300_lines():
 
 
 def imported(path) -> set[str]:
-    """What a file imports of tests/, as folder.module.name, also inside functions."""
+    """Return what a file imports from tests/, as folder.module.name, also in functions."""
     nodes = ast.walk(ast.parse(path.read_text()))
     modules = {(node.module, a.name) for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names}
     # "from tests.tools import tiny" names a module, "from tests.tools.tiny import config" something in one
@@ -47,7 +47,7 @@ def test_no_test_imports_a_test():
     assert found == {}
 
 
-def test_tools_import_nothing_from_the_rooms():
+def test_tools_import_nothing_from_other_folders_of_tests():
     rooms = {path.name for path in TESTS.iterdir() if path.is_dir()} - {"tools", "__pycache__"}
     for path in (TESTS / "tools").glob("*.py"):
         assert not [name for name in imported(path) if name.split(".")[1] in rooms], path.name
