@@ -20,7 +20,7 @@ OWNER = "GPT2FAST_TESTS_OWNER"  # the mark of the outermost process, for which s
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "tests.program"}
 started = 0  # processes started by this one
 of_workers: list[int] = []
-begun = time.monotonic()
+start = time.monotonic()
 peak: Path | None = None  # where `watch` writes the peak memory
 
 
@@ -91,6 +91,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
     gigabytes = int((peak and peak.read_text()) or 0) / 1e9
     terminalreporter.section("resources")
     terminalreporter.write_line(
-        f"{(time.monotonic() - begun) / 60:.1f} minutes, {gigabytes:.1f} GB of memory at the peak, "
+        f"{(time.monotonic() - start) / 60:.1f} minutes, {gigabytes:.1f} GB of memory at the peak, "
         f"{started + sum(of_workers)} processes started"
     )

@@ -1,9 +1,9 @@
 """The long tests that a change may break: `python -m tests.tools.affected [BASE]` prints them, for pytest's @FILE.
 
 A change to a module affects the long tests in its own test file, its mutants, and the test files that LEANS lists for
-it; a change to a test file, its own long tests and the mutants that it must catch; a change to tests/tools, to settings
-or to this rule, everything; a change to a document or a result, nothing. BASE is the commit before the change; by
-default the last commit that origin/main has too, and if it has all of them, the last one of the day before.
+it; a change to a test file, its own long tests and the mutants that it must catch; a change to tests/tools or to
+settings, everything; a change to a document or a result, nothing. BASE is the commit before the change; by default the
+last commit that origin/main has too, and if it has all of them, the last one of the day before.
 """
 
 import subprocess
