@@ -7,43 +7,25 @@ from hypothesis import strategies as st
 
 from gpt2fast.data import shards
 from gpt2fast.errors import UserError
-
-V = 50257
-TOKENS = np.random.default_rng(0).integers(0, V, 1000).astype(np.uint16)
-
-
-def write(path, format, tokens=TOKENS):
-    if format == "llm.c":
-        shards.write_shard(path, tokens)
-    elif format == "npy":
-        np.save(path, tokens)
-    else:
-        path.write_bytes(tokens.tobytes())
-    return path
-
+from tests.tools.shard_files import TOKENS, V, llmc_header, write_tokens
 
 FORMATS = {"llm.c": "train.bin", "npy": "train.npy", "raw": "train.bin"}
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_reads_every_format_memory_mapped(tmp_path, format):
-    shard = shards.open_shard(write(tmp_path / FORMATS[format], format), V)
+    shard = shards.open_shard(write_tokens(tmp_path / FORMATS[format], format), V)
     assert isinstance(shard, np.memmap)
     assert np.array_equal(shard, TOKENS)
 
 
 def test_our_shards_are_in_llmcs_format(tmp_path):
-    assert write(tmp_path / "train.bin", "llm.c").read_bytes() == header(1000) + TOKENS.tobytes()
-
-
-def header(n):
-    """llm.c's header: 256 int32 that begin with magic, version and number of tokens."""
-    return np.concatenate([[20240520, 1, n], np.zeros(253)]).astype(np.int32).tobytes()
+    assert write_tokens(tmp_path / "train.bin", "llm.c").read_bytes() == llmc_header(1000) + TOKENS.tobytes()
 
 
 def corrupt(kind, path):
     """Damage a shard in one way. Return what the message must say."""
-    raw = write(path, "llm.c").read_bytes()
+    raw = write_tokens(path, "llm.c").read_bytes()
     header = np.frombuffer(raw[:1024], "<i4").copy()
     if kind == "truncated":
         path.write_bytes(raw[:-2])
@@ -67,7 +49,7 @@ def corrupt(kind, path):
         path.write_bytes(TOKENS.tobytes() + b"\1")
         return "an odd number"
     elif kind == "token too large":
-        write(path, "raw", np.append(TOKENS, np.uint16(V)))
+        write_tokens(path, "raw", np.append(TOKENS, np.uint16(V)))
         return "token 50257 at position 1000 is not below the vocabulary of 50257"
     path.write_bytes(header.tobytes() + raw[1024:])
     return {"negative count": "truncated", "version 7": "version 7", "wrong magic": "wrong magic 20240801"}[kind]
@@ -98,7 +80,7 @@ def test_other_numpy_files_are_refused(tmp_path, array):
 
 
 def test_truncated_numpy_file_is_refused(tmp_path):
-    path = write(tmp_path / "train.npy", "npy")
+    path = write_tokens(tmp_path / "train.npy", "npy")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="damaged NumPy file"):
         shards.open_shard(path, V)
