@@ -21,10 +21,11 @@ from gpt2fast.inference import hellaswag
 from gpt2fast.inference.loss import split_loss
 from gpt2fast.inference.text import sample_text
 from gpt2fast.machine import versions
-from gpt2fast.machine.device import any_algorithm, autocast, keep_freed_memory, use_allowed_cores
+from gpt2fast.machine.device import any_algorithm, autocast, keep_freed_memory, pick_device, use_allowed_cores
 from gpt2fast.machine.joined import joined, one_complains
 from gpt2fast.machine.world import ALONE, World
 from gpt2fast.training import config, optim, plot, run
+from gpt2fast.training.choices import runnable_settings
 from gpt2fast.training.config import PRESETS, TrainConfig
 from gpt2fast.training.log import Log
 from gpt2fast.training.memory import out_of_memory
@@ -249,6 +250,10 @@ def read_settings(argv: Sequence[str], default_preset: str) -> tuple[TrainConfig
         default = replace(stored, resume=True, stop_at=None, out=c.out, run=c.run)
         c = command.parse(TrainConfig, flags, "gpt2fast.train [PRESET]", default)
         config.check_resumable(c, stored)
+        if not any(flag.startswith(("--backend", "--ops", "--optimizer", "--cuda-graph")) for flag in flags):
+            c, why = runnable_settings(c, pick_device(c.device))
+            if why:
+                print(f"note: run {c.folder} was trained with {why}: torch is used instead", flush=True)
         source = f"settings of {c.folder}"
     return c, source
 

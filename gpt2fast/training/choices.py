@@ -9,7 +9,7 @@ option is a field of TrainConfig, a field of Choices with its line in `choose`, 
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,25 @@ def choose(c: Resolved, place: Place, world: World = ALONE, before: tuple[TrainC
         ops=chosen.ops,
         auto=chosen.results if c.backend == "auto" else None,
     )
+
+
+def runnable_settings(c: TrainConfig, device: torch.device) -> tuple[TrainConfig, str]:
+    """Return the settings of a run to be resumed, with torch in place of what cannot run on `device`, and a text that
+    names it and the reason; "" if all of it can run.
+    """
+    runnable, why = ops.runnable(c.implementations, device.type)
+    if why:
+        kept = {op: name if name == getattr(runnable, op) else None for op, name in asdict(c.ops).items()}
+        c = replace(c, backend="auto" if c.backend == "auto" else "torch", ops=OpsConfig(**kept))
+    if c.optimizer == "triton" or c.cuda_graph:
+        try:
+            ops.kernels(device.type)
+            graph = c.cuda_graph and device.type == "cuda"
+        except UserError as error:
+            why = why or f"AdamW by triton, which cannot run here ({str(error).partition(': ')[0]})"
+            c, graph = replace(c, optimizer="auto"), False
+        c = replace(c, cuda_graph=graph)
+    return c, why
 
 
 def check_possible(c: Resolved, place: Place, world: World = ALONE) -> None:

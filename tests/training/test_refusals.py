@@ -1,5 +1,6 @@
 """Bad input is refused in one line before anything is written; what was saved stays good."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -125,6 +126,36 @@ def test_resuming_with_another_backend_uses_it(folder, capsys, monkeypatch, flag
     program.main([*tiny.FLAGS, "--stop-at", "3"])
     with pytest.raises(UserError, match="the triton backend needs a CUDA GPU"):
         program.main(["--resume", "--run", "tiny", *flags])
+
+
+RECORDED = {
+    "backend": ({"backend": "triton"}, "triton ops"),
+    "ops": ({"backend": "auto", "ops": {"mlp": "epilogue", "linear": "torch"}}, "mlp=epilogue"),
+    "optimizer": ({"optimizer": "triton", "cuda_graph": True}, "AdamW by triton"),
+}
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_resuming_where_a_recorded_implementation_cannot_run_takes_torch_and_says_so(
+    folder, capsys, monkeypatch, recorded
+):
+    """Trained on a GPU, continued on a laptop; a flag that names an implementation is refused as ever."""
+    changes, named = RECORDED[recorded]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    program.main([*tiny.FLAGS, "--stop-at", "3"])
+    path = folder / "out/tiny/config.json"
+    record = json.loads(path.read_text())
+    ops = record["config"]["ops"] | changes.get("ops", {})
+    path.write_text(json.dumps(record | {"config": record["config"] | changes | {"ops": ops}}))
+    with pytest.raises(UserError, match="the triton backend needs a CUDA GPU"):
+        program.main(["--resume", "--run", "tiny", "--backend", "triton"])
+    assert program.main(["--resume", "--run", "tiny"]) == 0
+    shown = capsys.readouterr().out
+    assert f"note: run out/tiny was trained with {named}, which cannot run here (the triton backend needs a" in shown
+    found = json.loads(path.read_text())
+    assert set(found["resolved"]["ops"].values()) == {"torch"}
+    assert found["config"]["ops"]["linear"] == ("torch" if recorded == "ops" else None)
+    assert found["resolved"]["optimizer"] == "torch"
 
 
 def test_resume_needs_no_other_flag(folder, capsys):
