@@ -55,7 +55,7 @@ SHORT = {
     "gpt2fast.train --backend triton": INTERPRETED,
     "gpt2fast.train --ops.layer-norm triton": INTERPRETED,
     "tests.long.ranks": "--sizes 2 --file rows/ranks.jsonl "
-    "--flags '--data data --model.vocab-size 256 --model.n-layer 1 --total-batch 1024 --steps 2 --warmup 1'",
+    "--flags='--data data --model.vocab-size 256 --model.n-layer 1 --total-batch 1024 --steps 2 --warmup 1'",
     "pytest benchmarks": "--collect-only -q -p no:cacheprovider",
     "benchmarks.report": "--check",  # so that a test writes no document
     **dict.fromkeys(HAVE_TESTS, "--help"),

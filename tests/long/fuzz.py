@@ -6,21 +6,22 @@ file's size, and end within `SECONDS`. Cases run in forked processes, so a crash
 program. With --record, the counts are appended to benchmarks/results.
 """
 
-import argparse
 import faulthandler
 import json
 import os
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import flags, harness
+from gpt2fast.command import run_main
 from gpt2fast.errors import UserError
 from gpt2fast.machine import versions
 from tests.tools import damage
@@ -95,14 +96,24 @@ def fuzz(names: list[str], seconds: float, first: int) -> dict[str, dict]:
     return found
 
 
-def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--seconds", type=float, default=60.0, help="how long to run; default: 60")
-    p.add_argument("--only", default="", help="only targets whose name contains this; default: all")
-    p.add_argument("--first", type=int, default=0, help="number of the first case of each target; default: 0")
-    p.add_argument("--seed", type=int, help="run this case only")
-    p.add_argument("--record", action="store_true", help="append the counts to benchmarks/results")
-    o = p.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class FuzzConfig:
+    """Damage valid files of every format, and read them."""
+
+    seconds: float = 60.0
+    """How long to run."""
+    only: str = ""
+    """Run only targets whose name contains this."""
+    first: int = 0
+    """Number of the first case of each target."""
+    seed: int | None = None
+    """Run this case only."""
+    record: bool = False
+    """Append the counts to benchmarks/results."""
+
+
+def main(argv: Sequence[str]) -> int:
+    o = flags.parse(FuzzConfig, argv, "tests.long.fuzz")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     names = [name for name in TARGETS if o.only in name]
@@ -127,4 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -7,7 +7,6 @@ must be complete, with weights and moments that equal, bit for bit, those of an 
 run continues like that one, and at the end their weights, moments and losses must be the same.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -19,12 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import flags, harness
 from gpt2fast.command import run_main
-from gpt2fast.errors import RunError, UserError
+from gpt2fast.errors import RunError, check_at_least
 from gpt2fast.machine import versions
 from gpt2fast.training import run
 from gpt2fast.weights import checkpoint
@@ -78,14 +78,14 @@ def phase(before: set, after: set, metrics_before: int, metrics_after: int) -> s
     return "starting" if metrics_before == metrics_after else "stepping"
 
 
-def kill(folder: Path, flags: Sequence[str], kind: str, delay: float) -> dict:
+def kill(folder: Path, words: Sequence[str], kind: str, delay: float) -> dict:
     """Resume the run, kill it at that moment, and return what that interrupted and what it cost."""
     out = folder / "out" / "killed"
     checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
     before, metrics_before = entries(checkpoints), metrics.stat().st_ino
     resumed, _ = newest(checkpoints)
     start = time.monotonic()
-    victim = process.start(folder, *flags, "--resume")
+    victim = process.start(folder, *words, "--resume")
     pattern, _ = KINDS[kind]
     try:
         if pattern is not None:
@@ -124,8 +124,8 @@ def digest(path: Path) -> str:
     return hashlib.sha256(b"".join((path / name).read_bytes() for name in FILES)).hexdigest()[:16]
 
 
-def whole_run(folder: Path, *flags: str) -> None:
-    whole = process.start(folder, *flags)
+def whole_run(folder: Path, *words: str) -> None:
+    whole = process.start(folder, *words)
     whole.wait()
     if whole.returncode:
         raise RunError(f"a run ended with {whole.returncode}: {process.printed(folder)}")
@@ -157,15 +157,15 @@ def kills(folder: Path, number: int, seed: int, say: Callable[[dict], None]) -> 
     """
     moments = random.Random(seed)
     tiny.write_data(folder / "data", n=3000)
-    flags = [*FLAGS, "--steps", "100000", "--checkpoint-every", str(EVERY), "--keep", "1", "--run", "killed"]
-    whole_run(folder, *flags, "--stop-at", str(EVERY))
+    words = [*FLAGS, "--steps", "100000", "--checkpoint-every", str(EVERY), "--keep", "1", "--run", "killed"]
+    whole_run(folder, *words, "--stop-at", str(EVERY))
     rows = []
     for n, kind in enumerate(islice(cycle(TURNS), number), 1):
-        rows.append({"kill": n} | kill(folder, flags, kind, moments.uniform(0, KINDS[kind][1])))
+        rows.append({"kill": n} | kill(folder, words, kind, moments.uniform(0, KINDS[kind][1])))
         say(rows[-1])
     end = str(max(row["reached"] for row in rows) + 2)
-    whole_run(folder, *flags, "--resume", "--stop-at", end)
-    whole_run(folder, *flags, "--run", "straight", "--keep", end, "--stop-at", end)
+    whole_run(folder, *words, "--resume", "--stop-at", end)
+    whole_run(folder, *words, "--run", "straight", "--keep", end, "--stop-at", end)
     phases = Counter(row["phase"] for row in rows)
     return {
         "kills": number, "seed": seed, "checkpoint_every": EVERY, "steps": int(end), "phases": dict(phases),
@@ -181,18 +181,21 @@ def describe(row: dict) -> str:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m tests.long.kills", description=__doc__.splitlines()[0])
-    p.add_argument("--kills", type=int, default=100)
-    p.add_argument("--seed", type=int, default=0, help="seed of the random moments")
-    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class KillsConfig:
+    """Kill a run at random moments, resume it each time, and compare its bits with an uninterrupted run."""
+
+    kills: int = 100
+    """How often to kill it."""
+    seed: int = 0
+    """Seed of the random moments."""
+    file: Path | None = None
+    """File to append the rows to. None: a new one in benchmarks/results."""
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parser().parse_args(argv)
-    if options.kills < 1:
-        raise UserError(f"--kills is {options.kills}: it must be at least 1")
+    options = flags.parse(KillsConfig, argv, "tests.long.kills")
+    check_at_least(options, kills=1)
     path = options.file or harness.results_file("kills")
 
     def say(row: dict) -> None:

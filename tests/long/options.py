@@ -8,8 +8,6 @@ bf16 and compiled. Each run is a separate process and a row with every loss. The
 since the interpreter takes seconds for a step of 256 x 50,304 logits.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import flags, harness
 from gpt2fast.command import run_main
-from gpt2fast.errors import UserError
+from gpt2fast.errors import UserError, check_at_least
 from gpt2fast.machine import versions
 from gpt2fast.machine.device import Precision, device_name, pick_device
 from gpt2fast.ops import NAMES, OpsConfig
@@ -63,42 +61,65 @@ def precision(option: Option, device: torch.device) -> Precision:
     return "fp32" if option.triton and device.type == "cpu" else "bf16"
 
 
-def settings(option: Option, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class OptionsConfig:
+    """Train nano with each option, and compare the losses with the spread of seeds."""
+
+    option: tuple[str, ...] = tuple(OPTIONS)
+    """Options to run."""
+    steps: int = 200
+    """Optimizer steps."""
+    batch_size: int = 2
+    """Sequences of 128 tokens in a step."""
+    device: str = "auto"
+    """Device to compute on."""
+    jobs: int = 2
+    """Runs at a time, on a CPU."""
+    file: Path | None = None
+    """File to append the rows to. None: a new one in benchmarks/results."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: `option` is a name in OPTIONS, or "torch"."""
+
+    option: str
+    seed: int
+    precision: Precision
+    device: str
+    steps: int
+    batch_size: int
+
+
+def settings(job: Job, out: Path) -> TrainConfig:
     """Return the settings of nano, without validation, samples and checkpoints."""
     nano = replace(
-        PRESETS["nano"], batch_size=options.batch_size, total_batch=options.batch_size * PRESETS["nano"].seq_len,
-        steps=options.steps, seed=seed, precision=precision, device=options.device, val_every=0, sample_every=0,
-        checkpoint_every=0, compile="off" if options.device == "cpu" else "on", out=out, run="run",
+        PRESETS["nano"], batch_size=job.batch_size, total_batch=job.batch_size * PRESETS["nano"].seq_len,
+        steps=job.steps, seed=job.seed, precision=job.precision, device=job.device, val_every=0, sample_every=0,
+        checkpoint_every=0, compile="off" if job.device == "cpu" else "on", out=out, run="run",
         optimizer="torch", residual="fp32",
     )  # fmt: skip
-    return replace(nano, **option.changes)
+    return replace(nano, **OPTIONS.get(job.option, Option()).changes)
 
 
-def one(name: str, seed: int, precision: Precision, options: argparse.Namespace, out: Path) -> None:
-    """Train in this process, and write the losses to `out` as JSON."""
+def one(job: Job) -> dict:
+    """Train in this process, and return the losses."""
     from gpt2fast.train import train
 
     with tempfile.TemporaryDirectory() as folder:
-        config = settings(OPTIONS.get(name, Option()), seed, precision, options, Path(folder))
+        config = settings(job, Path(folder))
         if train(config):
             raise SystemExit(1)
         rows = run.read_metrics(config.folder / "metrics.jsonl")
-    out.write_text(json.dumps([row["loss"] for row in rows if "loss" in row]))
+    return {"status": "ok", "losses": [row["loss"] for row in rows if "loss" in row]}
 
 
-def apart(name: str, seed: int, precision: str, options: argparse.Namespace, interpret: bool) -> dict:
+def apart(job: Job, interpret: bool) -> dict:
     """Train in a separate process, and return a row."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder) / "losses.json", Path(folder) / "log"
-        arguments = ["--device", options.device, "--steps", options.steps, "--batch-size", options.batch_size]
-        environment = {"TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-        done = harness.run_apart(
-            "tests.long.options", *arguments, "--only", name, seed, precision, out,
-            limit=LIMIT, log=log, environment=environment if options.device == "cpu" else {},
-        )  # fmt: skip
-        losses = json.loads(out.read_text()) if out.exists() else []
-    row = {"option": name, "seed": seed, "precision": precision, "losses": losses, **done}
-    print(f"{precision} {name:<22} seed {seed}: {describe(row)}", flush=True)
+    environment = {"TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
+    done = harness.apart(one, job, limit=LIMIT, environment=environment if job.device == "cpu" else {})
+    row = {"option": job.option, "seed": job.seed, "precision": job.precision, "losses": [], **done}
+    print(f"{job.precision} {job.option:<22} seed {job.seed}: {describe(row)}", flush=True)
     return row
 
 
@@ -139,7 +160,7 @@ def table(found: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def plan(names: Sequence[str], device: torch.device) -> list[tuple[str, int, str, bool]]:
+def plan(names: Sequence[str], device: torch.device) -> list[tuple[str, int, Precision, bool]]:
     """Return (option, seed, precision, interpreted?) of every run: the interpreted ones, which are slowest, first."""
     chosen = {name: OPTIONS[name] for name in names if device.type == "cuda" or not OPTIONS[name].cuda}
     kinds = dict.fromkeys(precision(option, device) for option in chosen.values())
@@ -148,36 +169,22 @@ def plan(names: Sequence[str], device: torch.device) -> list[tuple[str, int, str
     return sorted(runs, key=lambda r: (not r[3], r[0] != "all ours"))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m tests.long.options", description=__doc__.splitlines()[0])
-    p.add_argument("--option", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="run only these")
-    p.add_argument("--steps", type=int, default=200)
-    p.add_argument("--batch-size", type=int, default=2, help="sequences of 128 tokens in a step")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, on a CPU")
-    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
-    p.add_argument("--only", nargs=4, help=argparse.SUPPRESS)  # for the process of one run
-    return p
-
-
-def main(argv: Sequence[str], do: Callable[..., dict] = apart) -> int:
-    options = parser().parse_args(argv)
-    device = pick_device(options.device)
-    options.device = str(device)
-    for name in ("steps", "batch_size", "jobs"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be at least 1")
-    if options.only:
-        name, seed, kind, out = options.only
-        one(name, int(seed), kind, options, Path(out))
-        return 0
-    path = options.file or harness.results_file("options")
-    print(f"{options.steps} steps of nano, B {options.batch_size}, on {device_name(device)}; rows in {path}")
+def main(argv: Sequence[str], do: Callable[[Job, bool], dict] = apart) -> int:
+    c = flags.parse(OptionsConfig, argv, "tests.long.options")
+    check_at_least(c, steps=1, batch_size=1, jobs=1)
+    if unknown := set(c.option) - set(OPTIONS):
+        raise UserError(f"--option {min(unknown)}: there are {', '.join(OPTIONS)}")
+    device = pick_device(c.device)
+    path = c.file or harness.results_file("options")
+    print(f"{c.steps} steps of nano, B {c.batch_size}, on {device_name(device)}; rows in {path}")
     record, start = versions.record(), time.monotonic()
     rows = []
-    with ThreadPoolExecutor(options.jobs if device.type == "cpu" else 1) as pool:
-        runs = plan(options.option, device)
-        for row in pool.map(lambda r: do(*r[:3], options, r[3]), runs):
+    with ThreadPoolExecutor(c.jobs if device.type == "cpu" else 1) as pool:
+        jobs = [
+            (Job(name, seed, kind, str(device), c.steps, c.batch_size), interpret)
+            for name, seed, kind, interpret in plan(c.option, device)
+        ]
+        for row in pool.map(lambda job: do(*job), jobs):
             harness.append_row(path, {"suite": "options", **row, "machine": record})
             rows.append(row)
     found = verdicts(rows)

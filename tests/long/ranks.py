@@ -5,7 +5,6 @@ Losses and norms are compared step by step, and tokens/s are reported. Each proc
 it, and one GPU if the machine has any; without a GPU, Triton's kernels are interpreted.
 """
 
-import argparse
 import os
 import shlex
 import statistics
@@ -14,11 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from benchmarks import harness
+from benchmarks import flags, harness
 from gpt2fast.command import run_main
 from gpt2fast.errors import RunError, UserError
 from gpt2fast.machine import versions
@@ -34,13 +35,13 @@ INTERPRETED = {"torch": {}, "triton": {"TRITON_INTERPRET": "1"}}
 ULP = 2**-23  # fp32's, of numbers between 1 and 2
 
 
-def train(folder: Path, size: int, backend: str, flags: Sequence[str]) -> list[dict]:
+def train(folder: Path, size: int, backend: str, words: Sequence[str]) -> list[dict]:
     """Train on `size` processes, and return the rows of metrics.jsonl. RunError if the run fails."""
     name = f"{backend}{size}"
     python = [sys.executable, "-m"]
     if size > 1:
         python += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m"]
-    command = [*python, "gpt2fast.train", "--", *flags, "--backend", backend, "--compile", "off", "--run", name]
+    command = [*python, "gpt2fast.train", "--", *words, "--backend", backend, "--compile", "off", "--run", name]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else INTERPRETED[backend])
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -69,28 +70,33 @@ def compare(rows: Sequence[dict], one: Sequence[dict]) -> dict:
     }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m tests.long.ranks", description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes; 1 is always included")
-    p.add_argument("--backend", choices=sorted(FLAGS), default="torch")
-    p.add_argument("--flags", help="flags of gpt2fast.train that override the small run's")
-    p.add_argument("--file", type=Path, help="append the rows to this file instead of a new one of results")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class RanksConfig:
+    """Train with several numbers of processes, and compare the losses with those of one."""
+
+    sizes: tuple[int, ...] = (1, 2, 4)
+    """Numbers of processes; 1 is always included."""
+    backend: Literal["torch", "triton"] = "torch"
+    """Implementation of the ops."""
+    flags: str = ""
+    """Flags of gpt2fast.train that override the small run's, as --flags='--steps 4'."""
+    file: Path | None = None
+    """File to append the rows to. None: a new one in benchmarks/results."""
 
 
 def main(argv: Sequence[str]) -> None:
-    options = parser().parse_args(argv)
+    options = flags.parse(RanksConfig, argv, "tests.long.ranks")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus < max(options.sizes):
         raise UserError(f"--sizes has {max(options.sizes)} processes and this machine {gpus} GPUs: give at most {gpus}")
     path = options.file or harness.results_file("ranks")
     one: list[dict] = []
-    flags = [*shlex.split(FLAGS[options.backend]), *shlex.split(options.flags or "")]
+    words = [*shlex.split(FLAGS[options.backend]), *shlex.split(options.flags)]
     with tempfile.TemporaryDirectory() as folder:
         tiny.write_data(Path(folder) / "data", n=3000)
         for size in sorted({1, *options.sizes}):
             start = time.monotonic()
-            rows = train(Path(folder), size, options.backend, flags)
+            rows = train(Path(folder), size, options.backend, words)
             one = one or rows
             found = {
                 "suite": "ranks",
@@ -101,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
                 **compare(rows, one),
             }
             found["seconds"] = round(time.monotonic() - start, 1)
-            harness.append_row(path, found | {"flags": shlex.join(flags), "machine": versions.record()})
+            harness.append_row(path, found | {"flags": shlex.join(words), "machine": versions.record()})
             print(
                 f"{size} processes: {found['numbers']} losses and norms differ from one's by at most "
                 f"{found['largest_relative_difference']:.1e}, {found['in_units_of_fp32']} units of fp32; "

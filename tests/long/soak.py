@@ -9,7 +9,6 @@ has every step once, in order. Other load on the machine makes a step slower, in
 each fifth is compared.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -19,11 +18,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import flags, harness
 from gpt2fast import train
 from gpt2fast.command import run_main
 from gpt2fast.errors import UserError
@@ -163,9 +164,9 @@ def judge(samples: Sequence[dict], rows: Sequence[dict], steps: int, limit: floa
 def soak(folder: Path, model: str, steps: int, every: int, limit: float, main: Callable[..., int]) -> dict:
     """Train for `steps` steps in `folder`, with an event of each kind every `every` steps, and judge the run."""
     tiny.write_data(folder / "data", n=3000)
-    flags = ["--val-every", every, "--val-batches", 2, "--sample-every", every, "--sample-tokens", 4]
-    flags += ["--checkpoint-every", every, "--keep", 2, "--steps", steps, "--run", "soak"]
-    training = process.start(folder, *MODELS[model], *map(str, flags), main=main)
+    words = ["--val-every", every, "--val-batches", 2, "--sample-every", every, "--sample-tokens", 4]
+    words += ["--checkpoint-every", every, "--keep", 2, "--steps", steps, "--run", "soak"]
+    training = process.start(folder, *MODELS[model], *map(str, words), main=main)
     out = folder / "out" / "soak"
     samples = watch(training, out / "metrics.jsonl", max(1, every // 4), steps)
     if training.returncode:
@@ -190,18 +191,24 @@ def describe(found: dict) -> str:
     ])  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m tests.long.soak", description=__doc__.splitlines()[0])
-    p.add_argument("--model", choices=MODELS, default="small", help="nano: the preset, in small batches")
-    p.add_argument("--steps", type=int, default=5000)
-    p.add_argument("--every", type=int, default=100, help="steps between events")
-    p.add_argument("--limit", type=float, default=1024, help="KiB by which memory may grow in 1000 steps")
-    p.add_argument("--file", type=Path, help="append the row to this file instead of a new one in results")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class SoakConfig:
+    """Train for thousands of steps, and judge memory, files, threads and speed."""
+
+    model: Literal["small", "nano"] = "small"
+    """Model; nano is the preset, in small batches."""
+    steps: int = 5000
+    """Optimizer steps."""
+    every: int = 100
+    """Steps between events."""
+    limit: float = 1024
+    """KiB by which memory may grow in 1000 steps."""
+    file: Path | None = None
+    """File to append the row to. None: a new one in benchmarks/results."""
 
 
 def main(argv: Sequence[str], trains: Callable[[Sequence[str]], int] = train.main) -> int:
-    options = parser().parse_args(argv)
+    options = flags.parse(SoakConfig, argv, "tests.long.soak")
     if not (PROC / "self" / "statm").exists():
         raise UserError("/proc/self/statm is missing, where memory is read: run this on Linux")
     if options.every < 1 or options.steps < 10 * options.every:

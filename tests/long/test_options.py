@@ -8,7 +8,7 @@ import torch
 from gpt2fast.errors import UserError
 from gpt2fast.ops import NAMES
 from tests.long import options
-from tests.long.options import OPTIONS, SEEDS, WINDOW, apart, main, parser, plan, settings, verdicts, windows
+from tests.long.options import OPTIONS, SEEDS, WINDOW, Job, apart, main, plan, settings, verdicts, windows
 
 pytestmark = pytest.mark.long
 
@@ -60,20 +60,24 @@ def test_on_a_gpu_all_options_run_in_bf16():
     assert {(kind, interpreted) for *_, kind, interpreted in runs} == {("bf16", False)}
 
 
+def job(option: str, seed: int = 1) -> Job:
+    return Job(option, seed, "bf16", "cpu", steps=2, batch_size=2)
+
+
 def test_every_option_changes_the_settings(tmp_path):
-    given = parser().parse_args(["--device", "cpu"])
-    plain = settings(options.Option(), 1, "bf16", given, tmp_path)
+    plain = settings(job("torch"), tmp_path)
     assert (plain.backend, plain.optimizer, plain.residual, plain.recompute) == ("torch", "torch", "fp32", False)
-    for name, option in OPTIONS.items():
-        changed = settings(option, 1, "bf16", given, tmp_path)
+    for name in OPTIONS:
+        changed = settings(job(name), tmp_path)
         assert changed != plain, name
         assert changed.total_batch == plain.total_batch, name
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_the_exit_code_is_1_if_an_option_does_not_learn_alike(shift, tmp_path, capsys):
-    def do(name, seed, precision, given, interpret):
-        return row(name, [4 + 0.1 * seed + (shift if name == "residual" else 0)] * WINDOW, seed, precision)
+    def do(job, interpret):
+        losses = [4 + 0.1 * job.seed + (shift if job.option == "residual" else 0)] * WINDOW
+        return row(job.option, losses, job.seed, job.precision)
 
     file = tmp_path / "rows.jsonl"
     code = main(["--device", "cpu", "--option", "residual", "mlp", "--file", str(file)], do)
@@ -86,10 +90,16 @@ def test_the_exit_code_is_1_if_an_option_does_not_learn_alike(shift, tmp_path, c
 
 
 def test_the_exit_code_is_1_if_a_run_fails(tmp_path):
-    def do(name, seed, precision, given, interpret):
-        return row(name, [], seed, precision, "failed" if name == "residual" else "ok") | {"tail": "no"}
+    def do(job, interpret):
+        status = "failed" if job.option == "residual" else "ok"
+        return row(job.option, [], job.seed, job.precision, status) | {"tail": "no"}
 
     assert main(["--device", "cpu", "--option", "residual", "--file", str(tmp_path / "rows")], do) == 1
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(UserError, match="--option speed: there are embedding"):
+        main(["--device", "cpu", "--option", "speed"])
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--jobs"])
@@ -99,8 +109,7 @@ def test_a_number_below_one_is_refused(flag):
 
 
 def test_a_run_is_a_process_and_reports_what_went_wrong():
-    given = parser().parse_args(["--device", "cpu", "--steps", "2", "--batch-size", "1"])
-    good, bad = apart("residual", 1, "bf16", given, False), apart("cuda graph", 1, "bf16", given, False)
+    good, bad = apart(job("residual"), False), apart(job("cuda graph"), False)
     assert good["status"] == "ok"
     assert len(good["losses"]) == 2
     assert bad["status"] == "failed"
