@@ -122,7 +122,9 @@ def _source(c: PrepareConfig) -> Source:
         paths = [Path(path) for path in c.paths]
         for path in paths:
             if not path.exists():
-                raise UserError(f"{path} does not exist, and is not a corpus ({', '.join(CORPORA)}): name one of them")
+                raise UserError(
+                    f"{path} does not exist, and is not a corpus ({', '.join(CORPORA)}): name a file or one of these"
+                )
         return corpora.open_files(paths, c.suffixes, c.field, 0.05 if c.val_fraction is None else c.val_fraction)
     if Path(c.corpus).exists():
         print(f"note                 {c.corpus} is the corpus: for the path of that name write ./{c.corpus}")

@@ -37,6 +37,7 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 CACHED = Path("data/hellaswag/hellaswag_val.jsonl")
 LARGEST = 2**26  # bytes of a file; the validation split has 12 million
 ENDINGS = 4
+LLMC_MAGIC = (20240522).to_bytes(4, "little")  # first bytes of llm.c's hellaswag_val.bin
 WIDTHS = 16  # rows are padded to a multiple of this, so that few shapes occur
 ROWS = 1024  # rows of logits at a time: 206 MB of fp32 at GPT-2's vocabulary
 
@@ -79,13 +80,13 @@ def fetch(path: Path = CACHED) -> Path:
 
 def read_examples(path: Path, vocab_file: Path | None = None) -> list[Example]:
     """Read the examples of a hellaswag_val.jsonl. UserError, which names the line, if it is damaged."""
-    if path.suffix == ".bin":
-        raise UserError(f"{path} is not JSON lines (llm.c's .bin is not read): name the authors' {CACHED.name}")
     try:
         with checked.open_file(path) as file:
             content = file.read(LARGEST + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name {CACHED.name}") from None
+    if content.startswith(LLMC_MAGIC):
+        raise UserError(f"{path} is llm.c's binary copy, which is not read: name the authors' {CACHED.name}")
     if len(content) > LARGEST:
         raise UserError(f"{path} has more than {LARGEST:,} bytes: name {CACHED.name}")
     lines = [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]

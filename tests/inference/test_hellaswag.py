@@ -173,7 +173,7 @@ def test_damaged_lines_are_refused_with_their_number(tmp_path, line, message):
 
 def test_llmcs_binary_file_is_refused(tmp_path):
     (tmp_path / "hellaswag_val.bin").write_bytes((20240522).to_bytes(4, "little") + bytes(1020))
-    with pytest.raises(UserError, match=r"_val.bin is not JSON lines .*: name the authors' hellaswag_val.jsonl$"):
+    with pytest.raises(UserError, match=r"_val.bin is llm.c's binary copy, .*: name the authors' hellaswag_val.jsonl$"):
         hellaswag.read_examples(tmp_path / "hellaswag_val.bin")
 
 
