@@ -48,8 +48,8 @@ def changed_settings(new: dict, old: dict) -> dict[str, list]:
 
 def changed_choice(choices: Choices, was: dict) -> tuple[str, object, object] | None:
     """Return the first choice (name, earlier, now) that would change the bits of a run; None if there is none."""
+    now = asdict(choices)
     for f in fields(choices):
-        now = asdict(choices)[f.name]
-        if f.metadata.get("bits", True) and f.name in was and was[f.name] != now:
-            return f.name, was[f.name], now
+        if f.metadata.get("bits", True) and f.name in was and was[f.name] != now[f.name]:
+            return f.name, was[f.name], now[f.name]
     return None

@@ -1,12 +1,12 @@
 """The ladder: its rungs differ in what they say, and its rows are whole, whatever crashes."""
 
-import argparse
 import json
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_rungs_that_compile_together_are_timed_one_by_one(tmp_path):
 def test_what_compiles_beforehand_may_find_no_memory():
     class Step:
         def __init__(self):
-            self.model, self.optimizer = argparse.Namespace(config=rungs.SIZES["nano"]), self
+            self.model, self.optimizer = SimpleNamespace(config=rungs.SIZES["nano"]), self
             self.cleared = False
 
         def rehearse(self, batch):
