@@ -16,7 +16,7 @@ import torch
 from gpt2fast import ops
 from gpt2fast.command import named_from, parse, run_main
 from gpt2fast.data.dataset import Dataset, count_all, open_data, unigram_entropy
-from gpt2fast.errors import RunError, UserError, check_at_least
+from gpt2fast.errors import RunError, UserError, check_at_least, describe_error
 from gpt2fast.files.atomic import check_new, write_atomic
 from gpt2fast.inference import hellaswag
 from gpt2fast.inference.loss import split_loss
@@ -28,12 +28,14 @@ from gpt2fast.machine.device import (
     pick_device,
     pick_precision,
     use_allowed_cores,
-)  # fmt: skip
+)
 from gpt2fast.machine.joined import joined, one_complains
 from gpt2fast.machine.world import ALONE, World
 from gpt2fast.model import GPT, parameter_count
 from gpt2fast.ops import Backend
 from gpt2fast.training import config
+from gpt2fast.training.config import TrainConfig
+from gpt2fast.weights.foreign import Weights
 from gpt2fast.weights.load import build_model, choose_ops, read_weights
 
 BATCH_TOKENS = {"cuda": 16384}  # their logits take 5 GB if an op computes all at once; 4096 on other devices
@@ -82,7 +84,7 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
     if c.out:
         check_new(c.out)
     weights = read_weights(c.source)
-    trained = config.from_dict(weights.state["config"]) if weights.state else None
+    trained = trained_with(weights)
     wanted = c.data or (trained.data if trained else "none")
     scored = c.hellaswag or c.from_ is not None
     if wanted == "none" and not scored:
@@ -124,7 +126,7 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
     try:
         if dataset:
             result |= evaluate_split(model, dataset, c, B, T, precision, world)
-            result["trained_on"] = weights.state and weights.state["data_fingerprint"]
+            result["trained_on"] = weights.state and weights.state.get("data_fingerprint")
         if examples:
             found = hellaswag.score(model, examples, precision, tokens=B * T, progress=world.main, world=world)
             assert found, "only give_up makes it None"
@@ -132,6 +134,19 @@ def evaluate(c: EvaluateConfig, world: World = ALONE) -> dict:
     except torch.OutOfMemoryError:
         raise RunError(f"out of memory with --batch-size {B} and --seq-len {T}: lower --batch-size") from None
     return result | {"seconds": round(time.perf_counter() - start, 3), "versions": versions.record()}
+
+
+def trained_with(weights: Weights) -> TrainConfig | None:
+    """Return the settings of the run that a checkpoint is from; None for weights in other formats."""
+    if weights.state is None:
+        return None
+    try:
+        return config.from_dict(weights.state["config"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{weights.where}/state.json is damaged or of another version ({describe_error(error)}): "
+            "name another checkpoint, or export this one and evaluate that"
+        ) from None
 
 
 def evaluate_split(

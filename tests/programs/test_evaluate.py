@@ -15,6 +15,7 @@ from gpt2fast.evaluate import EvaluateConfig
 from gpt2fast.files import atomic
 from gpt2fast.inference import loss
 from gpt2fast.train import train
+from gpt2fast.weights import load
 from tests.tools import tiny
 from tests.tools.hellaswag import write_jsonl
 
@@ -120,4 +121,14 @@ def test_a_loss_that_is_not_finite_is_an_error(run, monkeypatch):
     monkeypatch.setattr(evaluate, "split_loss", lambda *_, **__: replace(found, loss=math.nan))
     found = loss.SplitLoss(1.0, 1, True)
     with pytest.raises(RunError, match="the loss is nan"):
+        evaluate.evaluate(settings(run))
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_one_without_a_fingerprint_is_not(run, tmp_path, monkeypatch):
+    weights = load.read_weights(run.folder)
+    monkeypatch.setattr(evaluate, "read_weights", lambda source: weights)
+    del weights.state["data_fingerprint"]
+    assert evaluate.evaluate(settings(run))["trained_on"] is None
+    weights.state["config"]["of_tomorrow"] = 1
+    with pytest.raises(UserError, match="state.json is damaged or of another version .*of_tomorrow.*name another"):
         evaluate.evaluate(settings(run))
