@@ -40,6 +40,9 @@ def read_inputs(c: Resolved, world: World = ALONE) -> Inputs:
         run.check_tensorboard()
     if not c.resume and world.main:
         run.check_unused(c.folder)
+    if c.resume and world.main:
+        for _ in run.iter_metrics(c.folder / "metrics.jsonl"):
+            pass  # a damaged line is found before config.json gets its entry of this resume
     if c.sample_every:
         tokenizer.load(c.tokenizer_file)
     weights = initial_weights(c)

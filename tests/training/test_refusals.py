@@ -158,6 +158,17 @@ def test_resuming_where_a_recorded_implementation_cannot_run_takes_torch_and_say
     assert found["resolved"]["optimizer"] == "torch"
 
 
+def test_a_damaged_line_of_metrics_is_refused_before_anything_is_written(folder, capsys):
+    program.main([*tiny.FLAGS, "--stop-at", "3"])
+    out = folder / "out/tiny"
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join([lines[0], "half\n", *lines[1:]]))
+    before = (out / "config.json").read_bytes(), (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged .*: delete that line"):
+        program.main(["--resume", "--run", "tiny"])
+    assert ((out / "config.json").read_bytes(), (out / "metrics.jsonl").read_bytes()) == before
+
+
 def test_resume_needs_no_other_flag(folder, capsys):
     program.main([*tiny.FLAGS, "--stop-at", "3"])
     assert program.main(["--resume", "--run", "tiny"]) == 0
